@@ -1,0 +1,372 @@
+"""Targets: what the edited layer should say at the subject so that the model gives the new answer.
+
+One vector delta per subject is added to the MLP's output (ROME's v*, Meng et al. 2022, equation 4)
+or to the block's output (MEMIT's z, Meng et al. 2023, equation 16) at the subject's last token, and
+optimised by Adam to make the target likely after the bare prompt and after random prefixes:
+
+    loss = mean over prompts of  -log p(target) / len(target)
+           + kl * KL( p("{subject} is a") with delta || without )  + decay of |delta|
+
+All requests are optimised in one batch, each with its own delta and its own end. What delta cannot
+change is computed once: all blocks up to the edited one, and all tokens before the subject's end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from errata.editors.closed_form.keys import at_subject, stream_at_subject
+from errata.editors.editor import Config
+from errata.lm.forward import Paused, frozen, pause
+from errata.lm.hooks import rewritten_output
+from errata.lm.load import LanguageModel
+from errata.lm.tokens import encode_requests
+from errata.progress import Progress, silent
+from errata.requests import Request
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TargetConfig(Config):
+    """Numbers of the target optimisation.
+
+    Numbers in `relative` units transfer between models: they are multiples of the residual stream's
+    norm |h| at the subject. In `absolute` units they are the papers' own, tuned model by model.
+    """
+
+    place: Literal["mlp", "block"] = "block"
+    """Where delta is added: the MLP's output (ROME) or the block's output (MEMIT)."""
+    updates: int = 20
+    """Adam updates at most. The reference code counts one more step than it updates."""
+    units: Literal["relative", "absolute"] = "relative"
+    """What `learning_rate`, `clamp` and `decay` are measured in."""
+    learning_rate: float = 0.1
+    """Relative: length of Adam's first update in |h|. Absolute: Adam's rate (papers: 0.5)."""
+    clamp: float = 1.5
+    """Longest delta, in |h|; absolute: in the norm of the original value at `place`."""
+    decay: float = 0.02
+    """Weight of (|delta| / |h|)^2; absolute: of |delta| / |original value|^2 (the reference code's)."""
+    kl: float = 0.0625
+    """Weight of the divergence on "{subject} is a"."""
+    stop_below: float = 0.05
+    """A request whose loss falls below this is done."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense."""
+        self._require(
+            self.place in ("mlp", "block"), f"place is 'mlp' or 'block', not {self.place!r}."
+        )
+        self._require(
+            self.units in ("relative", "absolute"),
+            f"units are 'relative' or 'absolute', not {self.units!r}.",
+        )
+        self._require(self.updates >= 1, f"updates must be at least 1, got {self.updates}.")
+        for name in ("learning_rate", "clamp"):
+            self._require(
+                getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}."
+            )
+        for name in ("decay", "kl", "stop_below"):
+            self._require(
+                getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}."
+            )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What was found for n subjects."""
+
+    deltas: Tensor
+    """(n, d_model) float64, to be added at the subject."""
+    streams: Tensor
+    """(n, d_model) float64, the block's output there before; `streams + deltas` is MEMIT's z."""
+    loss: Tensor
+    """(n,) the last loss of each."""
+    failed: dict[int, str]
+    """Why a subject's target did not reach its goal, by index."""
+
+
+@dataclass
+class _Rows:
+    """The token rows of one micro-batch, flat, with what is scored where."""
+
+    ids: list[list[int]]
+    starts: list[int]
+    owner: Tensor
+    """(rows,) which delta each row belongs to."""
+    score_row: Tensor
+    """(m,) row of each scored token; its column counts from the subject's last token."""
+    score_column: Tensor
+    score_token: Tensor
+    score_weight: Tensor
+    """(m,) 1 / (target's length * number of the owner's rows), so that a sum is the mean loss."""
+    kl_row: Tensor
+    """(n,) each delta's row "{subject} is a"."""
+
+
+def optimise_targets(
+    lm: LanguageModel,
+    groups: Sequence[Sequence[Request]],
+    prefixes: Sequence[str],
+    layer: int,
+    config: TargetConfig,
+    *,
+    batch_tokens: int,
+    progress: Progress = silent,
+) -> Targets:
+    """One target for each group of requests that share a subject's key.
+
+    Args:
+        lm: the model; its weights are only read.
+        groups: n groups; the requests of a group share one delta.
+        prefixes: contexts that stand before each prompt, the empty one among them.
+        layer: the block at whose MLP or output delta is added.
+        config: the numbers.
+        batch_tokens: at most so many tokens (padding included) are optimised at once.
+        progress: told how many groups are done.
+
+    Single failures are told in the result; nothing is raised for them.
+    """
+    rows = [_rows([group], lm, prefixes) for group in groups]
+    widths = [max(len(ids) for ids in row.ids) for row in rows]
+    order = sorted(range(len(groups)), key=widths.__getitem__)
+    results: list[tuple[Tensor, Tensor, Tensor, str | None]] = [
+        (torch.empty(0),) * 3 + (None,)
+    ] * len(groups)
+    chunk: list[int] = []
+    done = 0
+
+    def run() -> None:
+        nonlocal done
+        part = _optimise(
+            lm,
+            _rows([groups[i] for i in chunk], lm, prefixes),
+            len(chunk),
+            layer,
+            config,
+            batch_tokens,
+        )
+        for place, i in enumerate(chunk):
+            results[i] = (
+                part.deltas[place],
+                part.streams[place],
+                part.loss[place],
+                part.failed.get(place),
+            )
+        done += len(chunk)
+        progress("targets", done, len(groups))
+        chunk.clear()
+
+    progress("targets", 0, len(groups))
+    for i in order:
+        held = sum(len(rows[j].ids) for j in chunk) + len(rows[i].ids)
+        if chunk and held * widths[i] > batch_tokens:
+            run()
+        chunk.append(i)
+    run()
+    deltas, streams, loss, why = zip(*results, strict=True)
+    failed = {i: reason for i, reason in enumerate(why) if reason}
+    return Targets(torch.stack(deltas), torch.stack(streams), torch.stack(loss), failed)
+
+
+def _rows(groups: Sequence[Sequence[Request]], lm: LanguageModel, prefixes: Sequence[str]) -> _Rows:
+    """Rewriting rows (contexts x requests) and one divergence row for each group."""
+    requests = [request for group in groups for request in group]
+    group_of = [g for g, group in enumerate(groups) for _ in group]
+    ids, starts, owner = [], [], []
+    score: list[tuple[int, int, int, float]] = []
+    for prefix in prefixes:
+        for group, encoded in zip(
+            group_of, encode_requests(lm, requests, prefix=prefix), strict=True
+        ):
+            weight = 1 / (len(encoded.answer) * len(prefixes) * len(groups[group]))
+            first = encoded.prompt_length - 1 - encoded.subject_last
+            score += [
+                (len(ids), first + j, token, weight) for j, token in enumerate(encoded.answer)
+            ]
+            ids.append(encoded.ids[:-1])  # the last target token is predicted, never read
+            starts.append(encoded.subject_last)
+            owner.append(group)
+    kl_row = len(ids) + torch.arange(len(groups))
+    # Read at the subject's last token, as the reference code does: what follows is never seen.
+    identity = [Request("{} is a", group[0].subject, group[0].target) for group in groups]
+    for group, encoded in enumerate(encode_requests(lm, identity, target=False)):
+        ids.append(encoded.ids[: encoded.subject_last + 1])
+        starts.append(encoded.subject_last)
+        owner.append(group)
+    row, column, token, weight = zip(*score, strict=True)
+    return _Rows(
+        ids,
+        starts,
+        torch.tensor(owner),
+        torch.tensor(row),
+        torch.tensor(column),
+        torch.tensor(token),
+        torch.tensor(weight),
+        kl_row,
+    )
+
+
+def _optimise(
+    lm: LanguageModel, rows: _Rows, n: int, layer: int, config: TargetConfig, batch_tokens: int
+) -> Targets:
+    """All deltas of one micro-batch."""
+    device = lm.device
+    inside = config.place == "mlp" and not lm.anatomy.additive
+    paused = pause(lm, rows.ids, rows.starts, layer - 1 if inside else layer)
+    bare = [rows.ids[int(i)][: rows.starts[int(i)] + 1] for i in _bare_rows(rows, n)]
+    streams = stream_at_subject(lm, bare, layer, batch_tokens=batch_tokens).to(device)
+    if config.units == "absolute" and config.place == "mlp":
+        own = at_subject(lm, [bare], layer, batch_tokens=batch_tokens).values[:, 0].to(device)
+    else:
+        own = streams
+    norm = own.norm(dim=1).float().clamp(min=1e-12)
+    relative = config.units == "relative"
+    # Adam's first update has length rate * sqrt(d).
+    rates = (
+        norm * (config.learning_rate / lm.d_model**0.5)
+        if relative
+        else torch.full_like(norm, config.learning_rate)
+    )
+    radius = config.clamp * norm
+    decay_scale = config.decay / norm.square()
+
+    deltas = [torch.zeros(lm.d_model, device=device, requires_grad=True) for _ in range(n)]
+    adam = torch.optim.Adam(
+        [{"params": [d], "lr": float(rate)} for d, rate in zip(deltas, rates, strict=True)]
+    )
+    first_nll = torch.full((n,), float("nan"), device=device)
+    last_nll, last_loss = first_nll.clone(), first_nll.clone()
+    before: Tensor | None = None
+    active = torch.arange(n)
+    plan = _Plan.of(rows, active, n, device)
+    with frozen(lm):
+        for update in range(config.updates + 1):
+            chosen = torch.stack([deltas[i] for i in active.tolist()])
+            nll, log_p = _forward(lm, paused, plan, chosen, layer, inside)
+            if before is None:
+                before = log_p.detach()
+            known = before[active.to(device)]
+            kl = config.kl * (log_p.exp() * (log_p - known)).sum(dim=1)
+            size = chosen.norm(dim=1)
+            decay = decay_scale[active.to(device)] * (size.square() if relative else size)
+            loss = nll + kl + decay
+            here = active.to(device)
+            last_nll[here], last_loss[here] = nll.detach(), loss.detach()
+            if update == 0:
+                first_nll[here] = nll.detach()
+            going = loss.detach().isfinite() & (loss.detach() >= config.stop_below)
+            if update == config.updates or not going.any():
+                break
+            adam.zero_grad(set_to_none=True)
+            loss[going].sum().backward()
+            for i, moving in zip(active.tolist(), going.tolist(), strict=True):
+                if not moving:
+                    deltas[i].grad = None  # Adam passes over it: this target is done
+            adam.step()
+            with torch.no_grad():
+                for i in active[going.cpu()].tolist():
+                    length = deltas[i].norm()
+                    if length > radius[i]:
+                        deltas[i].mul_(radius[i] / length)
+            if not going.all():
+                active = active[going.cpu()]
+                plan = _Plan.of(rows, active, n, device)
+    found = torch.stack([delta.detach() for delta in deltas]).double()
+    failed = {}
+    for i in range(n):
+        if not (last_loss[i].isfinite() and found[i].isfinite().all()):
+            failed[i] = "its loss became NaN or infinite"
+        elif last_loss[i] >= config.stop_below and last_nll[i] > 0.999 * first_nll[i]:
+            failed[i] = (
+                f"its loss did not move ({first_nll[i]:.2f} nats a token before, {last_nll[i]:.2f} after)"
+            )
+    return Targets(found, streams, last_loss, failed)
+
+
+@dataclass
+class _Plan:
+    """Which rows and scores are run for the deltas that are still moving."""
+
+    select: Tensor | None
+    owner: Tensor
+    row: Tensor
+    column: Tensor
+    token: Tensor
+    weight: Tensor
+    score_owner: Tensor
+
+    @staticmethod
+    def of(rows: _Rows, active: Tensor, n: int, device: torch.device) -> _Plan:
+        rank = torch.full((n,), -1)
+        rank[active] = torch.arange(len(active))
+        owner = rank[rows.owner]
+        select = torch.nonzero(owner >= 0)[:, 0]
+        new_row = torch.full((len(rows.ids),), -1)
+        new_row[select] = torch.arange(len(select))
+        scored = torch.nonzero(new_row[rows.score_row] >= 0)[:, 0]
+        kl_rows = new_row[rows.kl_row[active]]
+        return _Plan(
+            select=None if len(active) == n else select,
+            owner=owner[select].to(device),
+            row=torch.cat([new_row[rows.score_row[scored]], kl_rows]),
+            column=torch.cat(
+                [rows.score_column[scored], torch.zeros(len(active), dtype=torch.long)]
+            ),
+            token=rows.score_token[scored],
+            weight=rows.score_weight[scored],
+            score_owner=rank[rows.owner[rows.score_row[scored]]],
+        )
+
+
+def _forward(
+    lm: LanguageModel, paused: Paused, plan: _Plan, deltas: Tensor, layer: int, inside: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss of each target (a,) and log-probabilities after "{subject} is a" (a, vocab)."""
+    states = (
+        paused.states
+        if plan.select is None
+        else paused.states[plan.select.to(paused.states.device)]
+    )
+
+    def shifted(hidden: Tensor) -> Tensor:
+        """Delta added to each row's first remaining token, the subject's last."""
+        head = hidden[:, :1] + deltas[plan.owner][:, None].to(hidden)
+        return torch.cat([head, hidden[:, 1:]], dim=1)
+
+    if inside:
+        with rewritten_output(lm.mlp(layer), shifted):
+            logits = paused.resume(states, plan.row, plan.column, plan.select)
+    else:
+        logits = paused.resume(shifted(states), plan.row, plan.column, plan.select)
+    log_p = logits.float().log_softmax(dim=1)
+    scored = len(plan.token)
+    device = log_p.device
+    picked = log_p[torch.arange(scored, device=device), plan.token.to(device)] * plan.weight.to(
+        device
+    )
+    nll = torch.zeros(len(deltas), device=device).index_add(0, plan.score_owner.to(device), -picked)
+    return nll.to(deltas.device), log_p[scored:].to(deltas.device)
+
+
+def _bare_rows(rows: _Rows, n: int) -> list[int]:
+    """The first row of each delta: its bare prompt."""
+    first: dict[int, int] = {}
+    for index, owner in enumerate(rows.owner.tolist()):
+        first.setdefault(owner, index)
+    return [first[i] for i in range(n)]
+
+
+def describe_failures(failed: dict[int, str], groups: Sequence[Sequence[Request]]) -> str:
+    """One line for each failed target: its prompt, its target, and why."""
+    return "\n".join(
+        f"  {request.text!r} -> {request.target.strip()!r}: {failed[i]}"
+        for i in sorted(failed)
+        for request in groups[i]
+    )

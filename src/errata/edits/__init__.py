@@ -1,0 +1,1 @@
+"""What a change is: apply, undo, stack, compare, save and export."""

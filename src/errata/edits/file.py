@@ -1,0 +1,53 @@
+"""Reading edit files back. Saving is `Edit.save`; the format is in `errata.edits.archive`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from errata.edits.archive import Contents, read
+from errata.edits.edit import Edit, Record
+from errata.edits.stack import Stack
+from errata.edits.weights import WeightEdit
+from errata.errors import EditFileError, RequestError
+
+
+def load_edit(path: Path | str) -> Edit:
+    """Read an edit of any kind; applying it then checks that it meets its own model.
+
+    Raises:
+        EditFileError: there is no such file, it is no edit file or one of another format or kind,
+            or it was cut short or altered.
+    """
+    try:
+        return _edit(read(path))
+    except (KeyError, TypeError, ValueError, AttributeError, RequestError) as error:
+        raise EditFileError(
+            f"{path} is an edit file with parts that do not fit together ({error!r}); another "
+            "errata may have written it. Make the edit anew."
+        ) from error
+
+
+def _edit(contents: Contents) -> Edit:
+    if contents.kind not in KINDS:
+        raise EditFileError(
+            f"an edit of kind {contents.kind!r} is unknown; this errata reads {sorted(KINDS)}."
+        )
+    return KINDS[contents.kind](contents)
+
+
+def _stack(contents: Contents) -> Stack:
+    edits = []
+    for k, part in enumerate(contents.fields["parts"]):
+        mine = f"{k}:"
+        tensors = {
+            n.removeprefix(mine): t for n, t in contents.tensors.items() if n.startswith(mine)
+        }
+        edits.append(_edit(Contents(part["kind"], part["fields"], tensors)))
+    return Stack(edits, Record.from_dict(contents.fields["record"]))
+
+
+KINDS: dict[str, Callable[[Contents], Edit]] = {  # the kind in a file -> who builds the edit
+    "weight": WeightEdit.from_contents,
+    "stack": _stack,
+}

@@ -1,0 +1,1 @@
+"""The main jobs as plain functions: the only place that strings stages together."""

@@ -1,0 +1,66 @@
+"""Growing a small model that knows the facts of a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from errata.pocket.encyclopedia import Encyclopedia
+from errata.pocket.grow import GrowConfig, Report
+from errata.pocket.grow import grow as grow_model
+from errata.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What was grown."""
+
+    folder: Path
+    facts: int
+    subjects: int
+
+
+def grow(
+    facts: Path | str | None,
+    out: Path | str,
+    *,
+    model: str = "pocket",
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Grown:
+    """Grow a model that knows the facts of a file.
+
+    Args:
+        facts: JSON lines of facts, or a CounterFact file; errata's own facts by default.
+        out: folder for the model.
+        model: `pocket` (GPT-2's shape) or `pocket-llama` (Llama's).
+        steps: how long to train; by default what the shipped recipe takes.
+        minutes: instead, about how long it may take on this machine.
+        seed: of the weights and of everything that is read.
+        resume: continue a run that was stopped.
+        progress: called with (stage, done, total).
+
+    Raises:
+        FactFileError: the file holds no facts, or a line is not one.
+        GrowError: the run failed, or the folder holds another run's checkpoint.
+    """
+    encyclopedia = Encyclopedia.read(facts) if facts else Encyclopedia.load()
+    config = GrowConfig(model=model, seed=seed, minutes=minutes)
+    if steps is not None:
+        config = GrowConfig(model=model, seed=seed, steps=steps)
+
+    def watch(report: Report) -> None:
+        progress(report.stage, report.step, report.steps)
+
+    folder = grow_model(
+        config,
+        encyclopedia,
+        out,
+        progress=watch,
+        resume=resume,
+        facts_from=str(facts or ""),
+    )
+    return Grown(folder, len(encyclopedia.facts), len(encyclopedia.about))

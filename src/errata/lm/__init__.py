@@ -1,0 +1,1 @@
+"""Everything about models and tokens, and nowhere else: anatomy, loading, hooks, texts."""

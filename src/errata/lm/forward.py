@@ -1,0 +1,191 @@
+"""Forward passes that compute only what is needed, in any family, through its own forward.
+
+`logits_at` computes logits only where they are scored. `pause` runs a clean pass once; `resume`
+then recomputes, as often as wanted, only the tokens from a given position on in the blocks above
+a given one: the blocks below stand aside, the tokens before are a key-value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from errata.errors import TokenizationError
+from errata.lm.hooks import captured, first, gathered_input, replaced_forward, stopped_after
+from errata.lm.load import LanguageModel
+from errata.lm.tokens import Batch, pad
+
+
+def logits_at(lm: LanguageModel, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+    """Logits (m, vocab) at m positions (row, column) of a right-padded batch."""
+    with gathered_input(lm.head, rows, columns):
+        logits = lm.network(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+@contextmanager
+def frozen(lm: LanguageModel) -> Iterator[None]:
+    """While open, no weight asks for a gradient, so that none is kept or computed."""
+    thawed = [p for p in lm.network.parameters() if p.requires_grad]
+    for parameter in thawed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Paused:
+    """A clean pass over n rows, stopped after block `layer`, each row at its own token.
+
+    `layer` is -1 for a pass that was stopped before the first block.
+    """
+
+    lm: LanguageModel
+    layer: int
+    states: Tensor
+    """(n, r, d_model) what block `layer` returns for the remaining tokens; zeros where padded.
+    If `layer` is -1, what block 0 returns, for its shape alone."""
+    lengths: Tensor
+    """(n,) how many tokens remain in each row."""
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    block_returns: int
+    """0 if the family's blocks return a tensor, otherwise the length of their tuple."""
+
+    def resume(
+        self, states: Tensor, rows: Tensor, columns: Tensor, select: Tensor | None = None
+    ) -> Tensor:
+        """Run the rest of the network on `states`; logits (m, vocab) at (row, remaining column).
+
+        Equal to a full pass in which block `layer` returns `states`, gradients included, also where
+        attention sees only a window of the last tokens.
+
+        Args:
+            states: (n, r, d_model) what block `layer` shall return; ignored if `layer` is -1.
+            rows: (m,) indices into the (selected) rows.
+            columns: (m,) positions among the remaining tokens, 0 being the first.
+            select: (k,) only these rows are run; `states` then has k rows.
+        """
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor if select is None else tensor[select.to(tensor.device)]
+
+        cache = DynamicCache()
+        for index in range(self.lm.layers):
+            # Blocks that stand aside never look at their keys, but the cache's length is read off
+            # the first of them: a sliver of the right length will do.
+            above = index - self.layer - 1
+            if self.keys and self.keys[max(above, 0)].shape[-2]:
+                keys, values = pick(self.keys[max(above, 0)]), pick(self.values[max(above, 0)])
+                if above < 0:
+                    keys, values = keys[:, :1, :, :1], values[:, :1, :, :1]
+                cache.update(keys, values, index)
+        with self._standing_aside(states), gathered_input(self.lm.head, rows, columns):
+            logits = self.lm.network(
+                input_ids=pick(self.ids),
+                attention_mask=pick(self.mask),
+                position_ids=pick(self.positions),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    @contextmanager
+    def _standing_aside(self, states: Tensor) -> Iterator[None]:
+        def give(hidden: Tensor) -> Any:
+            return (hidden, *[None] * (self.block_returns - 1)) if self.block_returns else hidden
+
+        forwards: dict[Any, Any] = {
+            self.lm.block(index): lambda hidden, *_, **__: give(hidden)
+            for index in range(self.layer)
+        }
+        if self.layer >= 0:
+            forwards[self.lm.block(self.layer)] = lambda hidden, *_, **__: give(states.to(hidden))
+        with replaced_forward(forwards):
+            yield
+
+
+@torch.no_grad()
+def pause(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int], layer: int
+) -> Paused:
+    """One clean pass; keep what `resume` needs to go on above block `layer`, from given tokens on.
+
+    Args:
+        lm: the model.
+        rows: n rows of token ids.
+        starts: each row's first token to be recomputed later.
+        layer: the block whose output is given anew at each `resume`; -1 to run all blocks.
+
+    Raises:
+        TokenizationError: the rows do not fit side by side (GPT-Neo alone, near its length).
+    """
+    assert -1 <= layer < lm.layers
+    assert all(0 <= start < len(row) for row, start in zip(rows, starts, strict=True))
+    lengths, start = torch.tensor([len(row) for row in rows]), torch.tensor(list(starts))
+    width, past = int((lengths - start).max()), int(start.max())
+    if lm.anatomy.fixed_mask and past + width > lm.max_length:
+        raise TokenizationError(
+            f"{past} tokens before the subject in one text and {width} from it on in another do "
+            f"not fit side by side into the {lm.max_length} that {lm.name} reads. Shorten the "
+            "texts, or edit them one by one."
+        )
+    batch = pad(lm, rows)
+    cache = DynamicCache()
+    returns: list[int] = []
+    watched = lm.block(max(layer, 0))
+    note = watched.register_forward_hook(
+        lambda _module, _args, output: returns.append(
+            len(output) if isinstance(output, tuple) else 0
+        )
+    )
+    try:
+        with captured({"block": watched}, "output") as seen, stopped_after(lm.block(-1)):
+            lm.network(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+    finally:
+        note.remove()
+    ahead = start[:, None] + torch.arange(width)
+    behind = start[:, None] + torch.arange(past) - past
+    real_ahead, real_behind = ahead < lengths[:, None], behind >= 0
+    ahead, behind = ahead.clamp(max=batch.ids.shape[1] - 1), behind.clamp(min=0)
+    device = batch.ids.device
+
+    def gathered(tensor: Tensor) -> Tensor:
+        """(n, heads, t, size) -> (n, heads, past, size), each row's past at the right edge."""
+        index = behind.to(tensor.device)[:, None, :, None]
+        return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+    upper: list[Any] = cache.layers[layer + 1 :]
+    block = first(seen.outputs["block"])
+    rows_index = torch.arange(len(rows))[:, None]
+    return Paused(
+        lm=lm,
+        layer=layer,
+        states=block[rows_index, ahead] * real_ahead[..., None].to(block),
+        lengths=(lengths - start).to(device),
+        ids=batch.ids.gather(1, ahead.to(device)),
+        mask=torch.cat([real_behind, real_ahead], dim=1).long().to(device),
+        positions=ahead.clamp(max=lm.max_length - 1).to(device),
+        keys=[gathered(entry.keys) for entry in upper],
+        values=[gathered(entry.values) for entry in upper],
+        block_returns=returns[-1],
+    )

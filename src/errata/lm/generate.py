@@ -1,0 +1,152 @@
+"""Seeded text from a model: continuations and the random prefixes of ROME and MEMIT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from errata.errors import NotFiniteError, TokenizationError
+from errata.lm.hooks import gathered_input
+from errata.lm.load import LanguageModel
+from errata.lm.tokens import encode, pad
+
+_PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
+"""How MEMIT's random prefixes begin (METHODS 0.3)."""
+_BRACES = str.maketrans("{}", "  ")
+
+
+@torch.no_grad()
+def complete(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int,
+    top_k: int = 0,
+    seed: int = 0,
+    total_tokens: bool = False,
+    batch_rows: int = 64,
+) -> list[str]:
+    """What the model writes after each prompt (without the prompt).
+
+    The model alone decides: what a checkpoint's generation_config.json says (temperature,
+    repetition penalty ...) is left aside, only its end-of-text tokens are heeded. The global random
+    state is neither read nor changed.
+
+    Args:
+        lm: the model.
+        prompts: where to begin.
+        new_tokens: at most so many tokens are written.
+        top_k: sample among the k likeliest tokens; 0 takes the likeliest (greedy).
+        seed: of the sampling.
+        total_tokens: let `new_tokens` count the prompt's tokens too, as the CounterFact metrics do;
+            a prompt that is as long already is continued by nothing.
+        batch_rows: prompts written at the same time.
+
+    Raises:
+        TokenizationError: a prompt has no token, or fills the model's whole length.
+        NotFiniteError: the model's weights, or an edit on them, hold NaN.
+    """
+    rows = encode(lm, prompts)
+    texts = [""] * len(rows)
+    lengths: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):  # equal lengths together: no padding inside a batch
+        if not row:
+            raise TokenizationError(f"the prompt {prompts[index]!r} has no token to go on from.")
+        if len(row) >= lm.max_length:
+            raise TokenizationError(
+                f"the prompt {prompts[index][:60]!r}... has {len(row)} tokens and leaves no room "
+                f"for text: {lm.name} reads {lm.max_length}."
+            )
+        lengths.setdefault(len(row), []).append(index)
+    generator = torch.Generator(device=lm.device).manual_seed(seed)
+    for length, members in lengths.items():
+        room = min(new_tokens - (length if total_tokens else 0), lm.max_length - length)
+        for begin in range(0, len(members), batch_rows):
+            group = members[begin : begin + batch_rows]
+            prompt_ids = [rows[i] for i in group]
+            for i, ids in zip(group, _write(lm, prompt_ids, room, top_k, generator), strict=True):
+                texts[i] = _decoded(lm, rows[i], ids)
+    return texts
+
+
+def random_prefixes(lm: LanguageModel, *, count: int, length: int, seed: int) -> list[str]:
+    """`count` beginnings sampled from the model itself, each ready to stand before a prompt.
+
+    MEMIT's rule (METHODS 0.3): five first words in turn, at most `length` tokens in all, top-k 5,
+    braces become blanks, ". " at the end; seeded here. An empty prefix is not among them.
+    """
+    starts = [_PREFIX_STARTS[i % len(_PREFIX_STARTS)] for i in range(count)]
+    written = complete(lm, starts, new_tokens=length, top_k=5, seed=seed, total_tokens=True)
+    texts = [
+        " ".join((start + text).translate(_BRACES).split())
+        for start, text in zip(starts, written, strict=True)
+    ]
+    return [text.rstrip(". ") + ". " for text in texts]
+
+
+def _write(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    room: int,
+    top_k: int,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """At most `room` new tokens after rows of one length, each up to its end of text."""
+    if room < 1:
+        return [[] for _ in rows]
+    ends = _ends(lm)
+    batch = pad(lm, rows)
+    ids, mask = batch.ids, batch.mask
+    cache = DynamicCache(config=lm.config)
+    every = torch.arange(len(rows))
+    going = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+    written: list[Tensor] = []
+    while True:
+        with gathered_input(lm.head, every, torch.full_like(every, ids.shape[1] - 1)):
+            logits = lm.network(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+            ).logits.to(ids.device)
+        if logits.isnan().any():
+            raise NotFiniteError(
+                f"{lm.name} gives probabilities that are not finite: its weights, or an edit on "
+                "them, hold NaN or infinity, or its dtype overflows (try float32 or bfloat16)."
+            )
+        ids = _chosen(logits, top_k, generator)
+        written.append(ids)
+        going = going & ~torch.isin(ids[:, 0], ends)
+        if len(written) == room or not going.any():
+            break
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    stops = set(ends.tolist())
+    texts = torch.cat(written, dim=1).tolist()
+    return [ids[: next((i for i, id_ in enumerate(ids) if id_ in stops), None)] for ids in texts]
+
+
+def _chosen(logits: Tensor, top_k: int, generator: torch.Generator) -> Tensor:
+    """(n, 1) the likeliest tokens, or tokens drawn among the k likeliest."""
+    if not top_k:
+        return logits.argmax(dim=1, keepdim=True)
+    likeliest = logits.float().topk(min(top_k, logits.shape[1]), dim=1)
+    drawn = torch.multinomial(likeliest.values.softmax(dim=1), 1, generator=generator)
+    return likeliest.indices.gather(1, drawn)
+
+
+def _ends(lm: LanguageModel) -> Tensor:
+    """The tokens that end a text: the tokenizer's, and what the checkpoint names besides."""
+    ends = {lm.tokenizer.eos_token_id}
+    configured = getattr(lm.network.generation_config, "eos_token_id", None)
+    ends.update(configured if isinstance(configured, list) else [configured])
+    return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=lm.device)
+
+
+def _decoded(lm: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """What `ids` add to the prompt's text; alone, some decoders would drop their first blank."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(lm.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    before, whole = decode(prompt), decode([*prompt, *ids])
+    return whole[len(before) :] if whole.startswith(before) else decode(ids)

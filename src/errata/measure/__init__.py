@@ -1,0 +1,1 @@
+"""Judging a model: metrics, scores on cases, drift; knows of no edit."""

@@ -1,0 +1,225 @@
+"""What a model should say from now on, and how to check that it does.
+
+A `Request` is one correction; a `Case` is a Request with the prompts that judge it. Files of
+requests are JSON lines, one object a line:
+
+    {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"}
+"""
+
+from __future__ import annotations
+
+import json
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from errata.errors import RequestError, RequestFileError
+
+SLOT = "{}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One statement to write: after `text`, the model should say `target`.
+
+    Raises:
+        RequestError: the prompt has not exactly one slot, or a field is empty.
+    """
+
+    prompt: str
+    """The statement up to its object, with one `{}` where the subject stands."""
+    subject: str
+    """Whom or what the statement is about; it fills the slot as it is, braces included."""
+    target: str
+    """What the model should say next, with or without a leading space."""
+    true: str | None = None
+    """What the model says today, where known; the alternative that scores compare with."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be carried out."""
+        for name in ("prompt", "subject", "target", "true"):
+            value = getattr(self, name)
+            if name == "true" and value is None:
+                continue
+            if not isinstance(value, str) or not value.strip():
+                raise RequestError(
+                    f"the request's {name!r} must be a non-empty text, got {value!r}."
+                )
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"the request's {name!r} holds half a character (a lone surrogate): {value!r}."
+                ) from error
+        if (slots := self.prompt.count(SLOT)) != 1:
+            raise RequestError(
+                f"the prompt {self.prompt!r} has {slots} slots '{{}}'; it needs exactly one, where "
+                f"the subject {self.subject!r} stands."
+            )
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in its slot."""
+        before, after = self.prompt.split(SLOT)
+        return before + self.subject + after
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the subject stands in `text`: first character, one past the last."""
+        start = self.prompt.index(SLOT)
+        return start, start + len(self.subject)
+
+    @classmethod
+    def parse(cls, prompt: str, subject: str, target: str, true: str | None = None) -> Self:
+        """A request whose prompt may also be an ordinary sentence with the subject in it.
+
+        Raises:
+            RequestError: there is no slot, and the subject occurs not at all or more than once.
+        """
+        if SLOT not in prompt and subject:
+            found = prompt.count(subject)
+            if found != 1:
+                how = "does not occur" if not found else f"occurs {found} times"
+                raise RequestError(
+                    f"the subject {subject!r} {how} in the prompt {prompt!r}. Write '{{}}' where "
+                    "it stands."
+                )
+            prompt = prompt.replace(subject, SLOT)
+        return cls(prompt, subject, target, true)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Read one record; `target_new`/`target_true` of the published formats are understood.
+
+        Keys that say nothing about the request are passed over: published records have many.
+
+        Raises:
+            RequestError: a key is missing or given twice, or a value has the wrong type.
+        """
+        names = {"target_new": "target", "target_true": "true", "ground_truth": "true"}
+        values: dict[str, Any] = {}
+        for key, value in record.items():
+            if isinstance(value, Mapping) and "str" in value:
+                value = value["str"]
+            name = names.get(key, key)
+            if name in values and values[name] != value:
+                raise RequestError(f"the record gives {name!r} twice, differently: {record!r}.")
+            values[name] = value
+        known = ("prompt", "subject", "target", "true")
+        if missing := [key for key in known[:3] if key not in values]:
+            raise RequestError(
+                f"the record lacks {', '.join(map(repr, missing))}; it has {sorted(record)}."
+            )
+        if wrong := [key for key in known[:3] if not isinstance(values[key], str)]:
+            raise RequestError(f"{', '.join(map(repr, wrong))} must be text, got {record!r}.")
+        return cls.parse(*(values.get(key) for key in known))  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, str]:
+        """The record that `from_dict` reads back."""
+        record = {"prompt": self.prompt, "subject": self.subject, "target": self.target}
+        return record if self.true is None else record | {"true": self.true}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A complete prompt and the answer that belongs to it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request with how to check it (CounterFact's fields, and ours)."""
+
+    request: Request
+    case_id: str = ""
+    relation: str = ""
+    paraphrases: tuple[str, ...] = ()
+    """Other ways to ask the same; the new target must come here too."""
+    neighbours: tuple[Probe, ...] = ()
+    """Prompts about other subjects; each answer must stay."""
+    attributes: tuple[Probe, ...] = ()
+    """Subjects that truly have the new target."""
+    same_subject: tuple[Probe, ...] = ()
+    """Other facts about the edited subject; each answer must stay."""
+    generation: tuple[str, ...] = ()
+    """Beginnings from which the model writes on freely."""
+    references: tuple[str, ...] = ()
+    """Texts about what truly has the new target, to compare free text with (RS)."""
+
+
+def read_jsonl(path: Path | str) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file with their line numbers; blank lines are passed over.
+
+    Raises:
+        RequestFileError: the file cannot be read, or a line is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise RequestFileError(f"cannot read {path}: {error}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise RequestFileError(f"{path}, line {number}: not UTF-8 text ({error}).") from error
+        except RecursionError as error:
+            raise RequestFileError(f"{path}, line {number}: nested too deeply.") from error
+        except json.JSONDecodeError as error:
+            raise RequestFileError(
+                f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}). "
+                "Each line must hold one complete JSON object."
+            ) from error
+        if not isinstance(record, dict):
+            raise RequestFileError(
+                f"{path}, line {number}: expected a JSON object, got {type(record).__name__}."
+            )
+        records.append((number, record))
+    return records
+
+
+def read_requests(path: Path | str) -> list[Request]:
+    """The requests of a JSON-lines file.
+
+    Raises:
+        RequestFileError: the file holds no request, or a line is not one (the line is named).
+    """
+    requests = []
+    for number, record in read_jsonl(path):
+        try:
+            requests.append(Request.from_dict(record))
+        except RequestError as error:
+            raise RequestFileError(f"{path}, line {number}: {error}") from error
+    if not requests:
+        raise RequestFileError(f"{path} holds no request; write one JSON object a line.")
+    return requests
+
+
+def check_batch(requests: Sequence[Request]) -> None:
+    """Refuse a batch that asks for two answers to one prompt.
+
+    Raises:
+        RequestError: the batch is empty, or two of its requests contradict each other.
+    """
+    if not requests:
+        raise RequestError("there is no request to carry out.")
+    wanted: dict[str, Request] = {}
+    for request in requests:
+        earlier = wanted.setdefault(request.text.rstrip(" "), request)
+        if earlier.target.strip() != request.target.strip():
+            raise RequestError(
+                f"two requests contradict each other: after {request.text!r} one wants "
+                f"{earlier.target.strip()!r}, another {request.target.strip()!r}. Keep one of them."
+            )
+
+
+def unique(requests: Iterable[Request]) -> list[Request]:
+    """The requests in order, each prompt with its target once."""
+    return list({(r.text.rstrip(" "), r.target.strip()): r for r in requests}.values())
