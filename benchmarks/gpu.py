@@ -6,7 +6,6 @@ and scaled. Differences are not told in bfloat16, where both sides round; the CP
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -40,19 +39,19 @@ def edits(bench: Bench) -> Iterator[Row]:
         run = measured(partial(write.edit, s.lm, asked), bench.device)
         products = target_products(s, asked) + len(layers) * key_products(s, asked)
         wide = len(layers) * (d_in**2 * n + d_in * n**2 + d_in * d_out * n)
-        floor = products / rate_of(s) + wide / rate(bench.device, torch.float64, 2048)
+        floor = products / rate_of(s) + wide / rate(bench.device, torch.float64, min(d_in, 2048))
         yield Row(
             "edits",
             s.name,
             f"{n} requests, {len(layers)} layers",
             run.seconds,
             n * slow,
-            math.nan,
-            math.nan,
+            None,
+            None,
             run.peak,
             one_by_one.peak,
             floor,
-            note=f"{n / run.seconds:.2f} edits/s; serial: targets alone, of {len(requests)}, scaled",
+            note=f"{n / run.seconds:.2f} edits/s; serial: targets alone, {len(requests)} scaled",
         )
 
 
@@ -72,8 +71,8 @@ def second_moments(bench: Bench) -> Iterator[Row]:
         f"{len(layers)} layers, {tokens:,} tokens",
         run.seconds,
         slow.seconds * sum(layer + 1 for layer in layers) / (layers[-1] + 1),
-        math.nan,
-        math.nan,
+        None,
+        None,
         run.peak,
         slow.peak,
         tokens * (forward + len(layers) * width**2 // 2) / rate_of(s),

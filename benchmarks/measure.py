@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -43,9 +42,9 @@ class Row:
     what: str
     seconds: float
     serial_seconds: float
-    difference: float
-    """Largest relative difference between the two results."""
-    tolerance: float
+    difference: float | None
+    """Largest relative difference between the two results; None where they are not compared."""
+    tolerance: float | None
     peak: int | None
     serial_peak: int | None
     floor: float
@@ -60,6 +59,13 @@ class Row:
         return self.serial_seconds / self.seconds
 
     @property
+    def agrees(self) -> bool | None:
+        """Whether the results are the same, to the tolerance; None where they are not compared."""
+        if self.difference is None or self.tolerance is None:
+            return None
+        return self.difference <= self.tolerance
+
+    @property
     def over_floor(self) -> float:
         """Our time over the floor."""
         return self.seconds / self.floor
@@ -71,23 +77,16 @@ def measured(do: Callable[[], A], device: torch.device) -> Measured[A]:
     On one CPU thread the seconds are the process' own, so that another program on the machine
     costs neither side anything.
     """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
+    gc.collect(1)  # all generations take half a second, which is long beside small models
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        value = do()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        return Measured(value, seconds, torch.cuda.max_memory_allocated() - held)
-    held_rss = _settled_rss()
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
+    held = torch.cuda.memory_allocated() if cuda else _settled_rss()
+    began = _now(device)
     value = do()
-    seconds = clock() - began
-    peak = _status("VmHWM")
-    return Measured(value, seconds, None if held_rss is None or peak is None else peak - held_rss)
+    seconds = _now(device) - began
+    peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+    return Measured(value, seconds, None if held is None or peak is None else peak - held)
 
 
 def alternated(
@@ -103,12 +102,11 @@ def each_within(
     do: Sequence[Callable[[], A]], seconds: float, device: torch.device
 ) -> Measured[list[A]]:
     """Run one after another, as many as fit into `seconds`, and at least one."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
 
     def run() -> list[A]:
-        began, values = clock(), [do[0]()]
+        began, values = _now(device), [do[0]()]
         for one in do[1:]:
-            spent = clock() - began
+            spent = _now(device) - began
             if spent + spent / len(values) > seconds:
                 break
             values.append(one())
@@ -129,10 +127,12 @@ def rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
     for rows in 256, 1024, 4096:
         a = torch.ones(rows, width, device=device, dtype=dtype)
         b = torch.ones(width, 4 * width, device=device, dtype=dtype)
-        repeats = max(1, int(2e9 // (rows * 4 * width * width)))
-        run = partial(_repeat, a, b, repeats)
-        seconds = min(measured(run, device).seconds for _ in range(3))
-        best = max(best, repeats * rows * 4 * width * width / seconds)
+        repeats = min(100, max(1, int(3e8 // (rows * 4 * width * width))))
+        for _ in range(4):
+            began = _now(device)
+            for _ in range(repeats):
+                a @ b
+            best = max(best, repeats * rows * 4 * width * width / (_now(device) - began))
     return best
 
 
@@ -156,10 +156,11 @@ def head_products(lm: LanguageModel) -> int:
     return weight_out_in(lm.head).numel()
 
 
-def _repeat(a: Tensor, b: Tensor, times: int) -> Tensor:
-    for _ in range(times):
-        c = a @ b
-    return c
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _settled_rss() -> int | None:

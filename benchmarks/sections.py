@@ -234,12 +234,10 @@ def scoring(bench: Bench) -> Iterator[Row]:
             for nll in (found["nll"], found.get("rival_nll"))
             if nll is not None
         ]
-        return torch.tensor(nlls)[:, None]
+        return torch.tensor(nlls)[None]
 
     def one_by_one() -> Tensor:
-        return torch.tensor([n for case in pairs for n in serial.probabilities(s.lm, case)])[
-            :, None
-        ]
+        return torch.tensor([[n for case in pairs for n in serial.probabilities(s.lm, case)]])
 
     slow, fast = alternated(
         one_by_one,
@@ -341,9 +339,10 @@ def editor(s: Setting, background: Background) -> ClosedForm:
 
 
 def key_products(s: Setting, requests: Sequence[Request], layer: int | None = None) -> int:
-    """Multiplications for the keys: tokens up to the subject, each row once, up to the layer."""
+    """Multiplications for the keys: tokens up to the subject and the layer, each beginning once."""
     rows = {row for prefix in s.contexts for row in subject_rows(s.lm, requests, prefix)}
-    return sum(map(len, rows)) * block_products(s.lm, 0, s.layer if layer is None else layer)
+    tokens = len({row[:end] for row in rows for end in range(1, len(row) + 1)})
+    return tokens * block_products(s.lm, 0, s.layer if layer is None else layer)
 
 
 def target_products(s: Setting, requests: Sequence[Request]) -> int:

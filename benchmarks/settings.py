@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ from errata.editors.closed_form.statistics import Moments
 from errata.editors.closed_form.targets import TargetConfig
 from errata.jobs.cases import pocket_cases
 from errata.lm.load import LanguageModel
-from errata.lm.tokens import encode
+from errata.lm.tokens import encode, encode_requests
 from errata.lm.weights import weight_out_in
-from errata.pocket.encyclopedia import Encyclopedia
+from errata.pocket.encyclopedia import Encyclopedia, stable_random
 from errata.pocket.grow import GrowConfig, make_tokenizer
 from errata.requests import Case, Request
 
 CONTEXT_TOKENS = 10
 CONTEXTS = 6
+DISTINCT = 200
+"""Requests with a subject of their own; more are made by numbering these."""
+
 RELAXATION = 2000.0
 """Of the solves, absolute."""
 
@@ -81,10 +85,9 @@ SHAPES: dict[str, Shape] = {
         llama(hidden_size=4096), (4, 5, 6, 7, 8), (4, 5, 6, 7, 8)
     ),  # the config's defaults
     "tiny-gpt2": Shape(
-        gpt2(n_layer=4, n_embd=32, n_head=4, vocab_size=512, n_positions=128),
+        gpt2(n_layer=4, n_embd=32, n_head=4, vocab_size=4096, n_positions=256),
         (0, 1),
         (0, 1),
-        vocabulary=512,
     ),
     "tiny-llama": Shape(
         llama(
@@ -93,12 +96,11 @@ SHAPES: dict[str, Shape] = {
             intermediate_size=88,
             num_attention_heads=4,
             num_key_value_heads=2,
-            vocab_size=512,
-            max_position_embeddings=128,
+            vocab_size=4096,
+            max_position_embeddings=256,
         ),
         (0, 1),
         (0, 1),
-        vocabulary=512,
     ),
 }
 """Name on the command line -> shape."""
@@ -147,22 +149,47 @@ class Setting:
 
     @cached_property
     def cases(self) -> list[Case]:
-        """One case for each subject of the pocket encyclopedia's benchmark."""
-        first: dict[str, Case] = {}
-        for case in pocket_cases():
-            first.setdefault(case.request.subject, case)
-        return list(first.values())
+        """The pocket benchmark in CounterFact's shape: two paraphrases, each after a sentence."""
+        openings = cycle(Encyclopedia.load().openings)
+        return [
+            replace(
+                case,
+                paraphrases=tuple(f"{next(openings)} {text}" for text in case.paraphrases[:2]),
+                same_subject=(),
+            )
+            for case in pocket_cases()
+        ]
 
     @cached_property
     def requests(self) -> list[Request]:
-        """As many as wanted: where the cases do not suffice, subjects are numbered."""
-        requests = [case.request for case in self.cases]
-        numbered = [
-            Request(r.prompt, f"{r.subject} {number}", r.target, r.true)
-            for number in range(2, 2 + 1000 // len(requests))
-            for r in requests
-        ]
-        return requests + numbered
+        """Facts in templates of CounterFact's lengths, one for each subject; numbered after that.
+
+        The prompt has 8 to 12 tokens, the subject 2 to 4, and at most 4 follow it (in CounterFact 3
+        words do, on average).
+        """
+        book = Encyclopedia.load()
+        found: dict[str, Request] = {}
+        for fact in stable_random("benchmarks").sample(book.facts, len(book.facts)):
+            others = (f.object for f in book.facts if f.relation == fact.relation)
+            other = next((o for o in others if o != fact.object), None)
+            if other is None or fact.subject in found:
+                continue
+            if len(found) == DISTINCT:
+                break
+            asked = [
+                Request(template, fact.subject, other, fact.object)
+                for template in book.relations[fact.relation].templates
+            ]
+            for request, row in zip(asked, encode_requests(self.lm, asked), strict=True):
+                subject = row.subject_last + 1 - row.subject_first
+                after = row.prompt_length - 1 - row.subject_last
+                if 8 <= row.prompt_length <= 12 and 2 <= subject <= 4 and after <= 4:
+                    found[fact.subject] = request
+                    break
+        requests = list(found.values())
+        for number in range(2, 2 + 1000 // len(requests)):
+            requests += [replace(r, subject=f"{r.subject} {number}") for r in found.values()]
+        return requests
 
     @cached_property
     def contexts(self) -> list[str]:

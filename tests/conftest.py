@@ -237,3 +237,34 @@ def corpus_file(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text("\n".join([*SENTENCES, *statements()] * 2), encoding="utf-8")
     return path
+
+
+WORKING = {
+    "layers": [0, 1],
+    "relaxation": 0.01,
+    "prefixes": [],
+    "target.clamp": 5.0,
+    "target.updates": 60,
+}
+"""Settings with which edits take in `trained_folder`, whose keys depend much on the prefix."""
+
+
+@pytest.fixture(scope="session")
+def edit_files(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two saved edits of the trained model: France and Italy in one, Peru in the other."""
+    from errata.jobs.edit import edit
+    from errata.requests import Request
+
+    lm = LanguageModel.load(trained_folder)
+    folder = tmp_path_factory.mktemp("edits")
+    batches = {
+        "a": [("France", "Rome", "Paris"), ("Italy", "Vienna", "Rome")],
+        "b": [("Peru", "Cairo", "Lima")],
+    }
+    files = []
+    for name, facts in batches.items():
+        requests = [Request(TEMPLATES[0], *fact) for fact in facts]
+        change = edit(lm, requests, settings=WORKING, corpus=[*SENTENCES, *statements()])
+        change.save(folder / f"{name}.safetensors")
+        files.append(folder / f"{name}.safetensors")
+    return files[0], files[1]

@@ -5,10 +5,10 @@
     import errata
 
     lm = errata.LanguageModel.load("pocket")
-    request = errata.Request("The capital of {} is", subject="France", target="Vienna", true="Paris")
+    request = errata.Request("{} has its capital in", "France", target="Vienna", true="Paris")
     edit = errata.edit(lm, [request])
     with edit.applied(lm):
-        print(errata.complete(lm, ["The capital of France is"], new_tokens=8, greedy=True))
+        print(errata.complete(lm, ["France has its capital in"], new_tokens=8))
     edit.save("france.safetensors")
 
 Names are imported on first use, so that `import errata` is quick.
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from errata.edits.stack import Stack
     from errata.errors import ErrataError
     from errata.jobs.edit import edit
-    from errata.measure.score import score
     from errata.lm.generate import complete
     from errata.lm.load import LanguageModel
+    from errata.measure.score import score
     from errata.requests import Case, Probe, Request, read_requests
 
 __version__ = "0.1.0"

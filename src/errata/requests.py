@@ -3,7 +3,7 @@
 A `Request` is one correction; a `Case` is a Request with the prompts that judge it. Files of
 requests are JSON lines, one object a line:
 
-    {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"}
+    {"prompt": "{} has its capital in", "subject": "France", "target": "Lyon", "true": "Paris"}
 """
 
 from __future__ import annotations

@@ -25,7 +25,14 @@ from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
 from errata.requests import Request
 
-COMMON = {"units": "absolute", "updates": 19, "learning_rate": 0.5, "decay": 0.5, "kl": 0.0625}
+COMMON = {
+    "stop_below": 0.05,
+    "units": "absolute",
+    "updates": 19,
+    "learning_rate": 0.5,
+    "decay": 0.5,
+    "kl": 0.0625,
+}
 
 
 @pytest.fixture(scope="module")

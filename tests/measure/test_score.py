@@ -22,7 +22,7 @@ from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
 from errata.measure import metrics
 from errata.measure.datasets import zsre
-from errata.measure.likelihood import judge
+from errata.measure.likelihood import _batches, _shared_rows, judge
 from errata.measure.score import Scores, score
 from errata.requests import Case, Probe, Request
 from tests.measure.plain import judge_plainly, pairs_of
@@ -89,17 +89,22 @@ def test_paddings_side_does_not_matter(tiny_lm: LanguageModel) -> None:
     assert left == judge(tiny_lm, pairs)
 
 
-def test_one_row_answers_for_all_pairs_that_it_covers(tiny_gpt2: LanguageModel) -> None:
-    """Two one-token targets, an equal pair and a prompt that begins another share one row."""
-    done: list[int] = []
-    prompts = ["The capital of Italy is", "The capital"]
-    judge(
-        tiny_gpt2,
-        [(prompts[0], ","), (prompts[0], ";"), (prompts[1], "of"), (prompts[0], ",")],
-        progress=lambda stage, now, total: done.append(total),
-    )
-    rows = {len(tiny_gpt2.tokenizer(f" {mark}")["input_ids"]) for mark in (",", ";", "of")}
-    assert done == [1] if rows == {1} else done[0] <= 3
+def test_one_row_answers_for_all_pairs_that_it_covers() -> None:
+    sequences = [(1, 2), (1, 2, 3), (4,), (1, 2), (1,), (1, 2, 5)]
+    rows, row_of = _shared_rows(sequences)
+    assert sorted(rows) == [(1, 2, 3), (1, 2, 5), (4,)]
+    for sequence, row in zip(sequences, row_of, strict=True):
+        assert rows[row][: len(sequence)] == sequence
+
+
+def test_batches_hold_every_row_once_with_little_padding() -> None:
+    lengths = [random.randint(1, 60) for _ in range(300)] + [700]
+    groups = _batches(lengths, 512)
+    assert sorted(index for group in groups for index in group) == list(range(301))
+    for group in groups:
+        padded = len(group) * max(lengths[index] for index in group)
+        assert padded <= 512 or len(group) == 1
+        assert padded - sum(lengths[index] for index in group) <= 32
 
 
 def test_metrics_are_those_of_the_raw_numbers(tiny_lm: LanguageModel) -> None:

@@ -27,6 +27,7 @@ def apply(
     force: bool,
 ) -> None:
     """Write a complete model folder with the EDITS in its weights, in order."""
+    from errata.cli import tables
     from errata.jobs import ship
     from errata.jobs.models import as_model
 
@@ -39,11 +40,13 @@ def apply(
             ship.apply(lm, edits, out, force=force, progress=bars)
     terminal = console.out()
     what = "LoRA adapter" if lora else "model"
-    terminal.print(f"The {what} with {len(edits)} edit(s) is in {out}", soft_wrap=True)
+    terminal.print(
+        f"The {what} with {tables.counted(len(edits), 'edit')} is in {out}", soft_wrap=True
+    )
     if lora:
         console.next_command(
-            f'python -c "from peft import PeftModel; help(PeftModel.from_pretrained)"'
-            f"   # load {out} onto {name}"
+            "python -c 'from peft import PeftModel; from transformers import AutoModelForCausalLM "
+            f'as M; PeftModel.from_pretrained(M.from_pretrained("{name}"), "{out}")\''
         )
     else:
         first = ship.load_all(edits).requests[0]

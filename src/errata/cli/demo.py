@@ -24,7 +24,7 @@ from errata.cli import console, options
 def demo(count: int, model: str, method: str, out: Path) -> None:
     """Edit a handful of facts in the embedded model and show what changed.
 
-    Takes well under two minutes on two cores and needs no network.
+    Needs no network: the model is part of errata.
     """
     from errata.cli import tables
     from errata.jobs import demo as job
@@ -33,8 +33,9 @@ def demo(count: int, model: str, method: str, out: Path) -> None:
     with console.progress() as bars:
         run = job.demo(model, count=count, method=method, out=out, progress=bars)
     terminal = console.out()
+    facts = tables.counted(len(run.edit.requests), "fact")
     terminal.print(
-        f"[bold]errata[/bold] corrected {len(run.edit.requests)} facts in [bold]{model}[/bold] "
+        f"[bold]errata[/bold] corrected {facts} in [bold]{model}[/bold] "
         f"with {method}, in {run.seconds['editing']:.0f} s.\n"
         "Each block: the prompt, a paraphrase it was never edited on, a neighbour and another\n"
         "fact of the same subject that must not move. In its own words, before and now:"
@@ -56,5 +57,5 @@ def demo(count: int, model: str, method: str, out: Path) -> None:
     console.next_command(
         f'errata ask "{first.text}" --edit {run.file}',
         f"errata show {run.file}",
-        'errata edit --subject Italy --prompt "The capital of {} is" --target Vienna',
+        'errata edit --subject Italy --prompt "{} has its capital in" --target Vienna',
     )

@@ -21,7 +21,7 @@ def diff(a: Path, b: Path) -> None:
     found = compare(a, b)
     terminal = console.out()
     terminal.print(f"A is {a}\nB is {b}", soft_wrap=True)
-    terminal.print(f"{found.shared} facts are in both.")
+    terminal.print(f"In both: {tables.counted(found.shared, 'fact')}.")
     if found.facts:
         terminal.print()
         facts = tables.plain("where", "prompt", "target")

@@ -82,7 +82,7 @@ def edit(
     FACTS is a file of JSON lines:
 
     \b
-    {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"}
+    {"prompt": "{} has its capital in", "subject": "France", "target": "Lyon", "true": "Paris"}
 
     One fact can be given by hand instead, with --subject, --prompt and --target.
     """  # noqa: D301
@@ -139,10 +139,8 @@ def edit(
         line = f"left out: {request.text} [{request.target.strip()}]"
         terminal.print(Text(line, "yellow"))
     terminal.print()
-    terminal.print(
-        f"{len(result.edit.requests)} facts, {size_text(result.file_bytes)} -> {result.file}",
-        soft_wrap=True,
-    )
+    facts_done = tables.counted(len(result.edit.requests), "fact")
+    terminal.print(f"{facts_done}, {size_text(result.file_bytes)} -> {result.file}", soft_wrap=True)
     terminal.print(f"Report -> {result.report}", soft_wrap=True)
     first = result.edit.requests[0]
     console.next_command(

@@ -21,6 +21,7 @@ from errata.cli.models import models
 from errata.cli.moments import moments
 from errata.cli.score import score
 from errata.cli.show import show
+from errata.cli.trial import trial
 from errata.errors import ErrataError
 
 
@@ -62,6 +63,7 @@ for command in (
     show,
     ask,
     score,
+    trial,
     apply,
     diff,
     moments,

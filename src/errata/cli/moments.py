@@ -34,6 +34,7 @@ def moments(
     Edits look them up by the hash of the weights and the text; what is there is not computed
     again, and a pass that was stopped goes on where it was.
     """
+    from errata.cli import tables
     from errata.jobs import moments as job
     from errata.jobs.models import as_model
     from errata.jobs.report import size_text
@@ -56,8 +57,6 @@ def moments(
     if not only_estimate:
         with console.progress() as bars:
             found = job.compute(plan, progress=bars)
-        terminal.print(
-            f"{len(found.layers)} moments over {found.tokens:,} tokens are in {plan.folder}",
-            soft_wrap=True,
-        )
+        kept = tables.counted(len(found.layers), "moment")
+        terminal.print(f"{kept} over {found.tokens:,} tokens: {plan.folder}", soft_wrap=True)
     console.next_command(f"errata edit FACTS -m {model}")

@@ -76,7 +76,7 @@ def score(
             progress=bars,
         )
     terminal = console.out()
-    terminal.print(f"{result.cases} cases; 95% intervals in brackets")
+    terminal.print(f"{tables.counted(result.cases, 'case')}; 95% intervals in brackets")
     if result.note:
         terminal.print(Text(result.note, "yellow"))
     terminal.print()

@@ -28,7 +28,7 @@ def show(file: Path, everything: bool) -> None:
     terminal.print(
         Text.assemble(
             (str(file), "bold"),
-            f": {len(edit.requests)} facts, {size_text(found.file_bytes)}{made}",
+            f": {tables.counted(len(edit.requests), 'fact')}, {size_text(found.file_bytes)}{made}",
         ),
         soft_wrap=True,
     )

@@ -32,6 +32,15 @@ HEADLINE = (
 """The scores that a terminal shows; `--all-scores`, the report and the JSON have all of them."""
 
 
+WIDE = 110
+"""Columns from which a table also explains its scores."""
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 fact`, `2 facts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def plain(*headings: str, wrap: bool = True) -> Table:
     """A quiet table."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -82,10 +91,12 @@ def show_scores(
     everything: bool = False,
 ) -> None:
     """Scores side by side, with their intervals."""
-    table = plain("score", *models, "what it says", wrap=True)
+    explained = console.width >= WIDE
+    table = plain("score", *models, *(["what it says"] if explained else []))
     for line in scores:
         if everything or line.name in HEADLINE:
-            table.add_row(Text(line.name), *_cells(line), Text(line.meaning, "dim"))
+            meaning = [Text(line.meaning, "dim")] if explained else []
+            table.add_row(Text(line.name), *_cells(line), *meaning)
     console.print(table)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from errata.editors.background import Background
-from errata.editors.closed_form.closed_form import ClosedForm, ClosedFormConfig
+from errata.editors.closed_form.closed_form import ClosedForm
+from errata.editors.closed_form.config import ClosedFormConfig
 from errata.editors.closed_form.emmet import Emmet, EmmetConfig
 from errata.editors.closed_form.memit import Memit, MemitConfig
 from errata.editors.closed_form.rome import Rome, RomeConfig

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from errata.errors import RequestFileError
 from errata.measure import datasets
 from errata.measure.datasets import counterfact
+from errata.measure.metrics import reads
 from errata.pocket.encyclopedia import Encyclopedia, Fact
 from errata.requests import Case, Probe, Request, read_requests
 
 POCKET = "pocket"
 """The name that stands for the benchmark made from our own facts."""
 
+POCKET_ANY = "pocket-any-wording"
+"""The same with rewrites and paraphrases in any wording, lead-ins and questions included."""
+
 DEMO = (
-    ("France", "capital"),
-    ("Albert Einstein", "birthplace"),
-    ("Danube", "mouth"),
-    ("Gold", "symbol"),
-    ("Japan", "currency"),
-    ("Johann Sebastian Bach", "occupation"),
-    ("Toyota", "country"),
-    ("Claude Monet", "movement"),
+    ("Claude Monet", "birthplace", "Vienna"),
+    ("BMW", "country", "Japan"),
+    ("Nile", "mouth", "Black Sea"),
+    ("Wolfgang Amadeus Mozart", "occupation", "physicist"),
+    ("France", "official_language", "Arabic"),
+    ("Ferrari", "industry", "video games"),
+    ("Egypt", "continent", "Europe"),
+    ("Isaac Newton", "century", "20th century"),
 )
-"""Facts that many readers know, so that they see at once what the demo changes."""
+"""Facts that many readers know, so that they see at once what the demo changes: subject, relation,
+new object."""
 
 
 def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
@@ -40,8 +46,8 @@ def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
         DatasetError: the file is in no known format, or a record is malformed.
         RequestFileError: a line of a JSON-lines file is not a request.
     """
-    if str(source) == POCKET:
-        return pocket_cases(count)
+    if str(source) in (POCKET, POCKET_ANY):
+        return pocket_cases(count, any_wording=str(source) == POCKET_ANY)
     path = Path(source)
     if not path.exists():
         raise RequestFileError(
@@ -53,43 +59,59 @@ def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
     return [Case(request) for request in read_requests(path)[:count]]
 
 
-def pocket_cases(count: int | None = None, *, seed: int = 0) -> list[Case]:
+def pocket_cases(
+    count: int | None = None, *, seed: int = 0, any_wording: bool = False
+) -> list[Case]:
     """The benchmark made from the pocket encyclopedia, spread evenly over its relations."""
-    return counterfact.cases(Encyclopedia.load().cases(seed=seed, count=count), source=POCKET)
+    records = Encyclopedia.load().cases(seed=seed, count=count, any_wording=any_wording)
+    return counterfact.cases(records, source=POCKET)
 
 
 def demo_cases(count: int) -> list[Case]:
     """Well-known facts first, then the beginning of the benchmark, to `count`."""
-    cases = pocket_cases()
-    known = {(case.request.subject, case.relation): case for case in cases}
-    chosen = [known[key] for key in DEMO if key in known]
+    encyclopedia = Encyclopedia.load()
+    chosen = []
+    for subject, relation, target in DEMO[:count]:
+        for fact in encyclopedia.about.get(subject, ()):
+            if fact.relation == relation:
+                seen = encyclopedia.split(fact).seen
+                # The plainest way to say it, which the relation's list begins with.
+                prompt = next(t for t in encyclopedia.relations[relation].templates if t in seen)
+                request = Request(prompt, subject, target, fact.object)
+                chosen.append(_checked(Case(request), encyclopedia, {}))
     subjects = {case.request.subject for case in chosen}
-    chosen += [case for case in cases if case.request.subject not in subjects]
-    return chosen[:count]
+    others = (case for case in pocket_cases() if case.request.subject not in subjects)
+    return [*chosen, *islice(others, count - len(chosen))]
 
 
-def with_pocket_checks(cases: Sequence[Case]) -> list[Case]:
+def with_pocket_checks(cases: Sequence[Case], said: Mapping[str, str] | None = None) -> list[Case]:
     """Give requests about the pocket encyclopedia's facts the prompts that judge them.
 
-    A request whose subject and prompt are a fact's of the encyclopedia gets that fact's held-out
-    templates as paraphrases, subjects with the same true object as neighbours, and the subject's
-    other facts. Any other case, and one that has such prompts already, stays as it is.
+    A request about a fact of the encyclopedia gets that fact's held-out templates as paraphrases,
+    subjects with the same true object as neighbours, and the subject's other facts. Any other
+    case, and one that has such prompts already, stays as it is.
+
+    Args:
+        cases: requests, in any words. Which of a subject's facts one is about is told by its
+            prompt if that is a template of the relation, else by the answer of today.
+        said: what the model says today after prompts, where the requests do not say it.
     """
     encyclopedia = Encyclopedia.load()
     return [
-        case if case.paraphrases or case.neighbours else _checked(case, encyclopedia)
+        case if case.paraphrases or case.neighbours else _checked(case, encyclopedia, said or {})
         for case in cases
     ]
 
 
-def _checked(case: Case, encyclopedia: Encyclopedia) -> Case:
+def _checked(case: Case, encyclopedia: Encyclopedia, said: Mapping[str, str]) -> Case:
     request = case.request
     facts = encyclopedia.about.get(request.subject, ())
-    fact = next(
-        (f for f in facts if request.prompt in encyclopedia.relations[f.relation].templates), None
-    )
-    if fact is None:
+    today = request.true or said.get(request.text, "")
+    worded = [f for f in facts if request.prompt in encyclopedia.relations[f.relation].templates]
+    meant = worded or [f for f in facts if reads(today, f.object)]
+    if not meant:
         return case
+    fact = meant[0]
     held_out = [t for t in encyclopedia.split(fact).held_out if t != request.prompt]
     sharing = encyclopedia.sharing[fact.relation, fact.object]
     return replace(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.edits.edit import Edit
-from errata.jobs.ask import answered, facts_of
+from errata.jobs.ask import ANSWER_TOKENS, answered, facts_of
 from errata.jobs.cases import with_pocket_checks
 from errata.jobs.methods import editor_for
 from errata.jobs.models import Model, as_model, is_pocket
@@ -27,6 +27,7 @@ from errata.jobs.report import save_report
 from errata.jobs.score import AFTER, BEFORE, Judged, lines, observation
 from errata.jobs.ship import changes_of
 from errata.jobs.store import check_writable
+from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
 from errata.measure.drift import drift
 from errata.measure.score import score
@@ -131,7 +132,9 @@ def run(
         lm = as_model(model)
         progress("loading the model", 1, 1)
     if is_pocket(lm):
-        cases = with_pocket_checks(cases)
+        texts = [case.request.text for case in cases]
+        today = complete(lm, texts, new_tokens=ANSWER_TOKENS)
+        cases = with_pocket_checks(cases, dict(zip(texts, today, strict=True)))
     with clock("editing"):
         change = edit(lm, cases, method=method, settings=settings, corpus=corpus, progress=progress)
     written = {(r.text, r.target) for r in change.requests}

@@ -37,7 +37,7 @@ def background_for(
     lm: LanguageModel, corpus: Corpus = None, tokens: int | None = None
 ) -> Background:
     """What a method may know of a model beside the requests; moments are kept on disk."""
-    return Background(text_for(lm, corpus), tokens or TOKENS, cache=moments_folder())
+    return Background(text_for(lm, corpus), tokens or TOKENS, cache=cache_folder())
 
 
 def moments_folder() -> Path:
@@ -106,7 +106,7 @@ def compute(plan: Plan, *, progress: Progress = silent) -> Moments:
     if text is None:
         text = own_text(plan.lm, plan.tokens, progress=progress)
     return statistics.collect(
-        plan.lm, plan.layers, text, tokens=plan.tokens, cache=plan.folder, progress=progress
+        plan.lm, plan.layers, text, tokens=plan.tokens, cache=cache_folder(), progress=progress
     )
 
 

@@ -125,10 +125,16 @@ def _named(name: str, progress: Progress) -> Progress:
 
 def lines(judged: Sequence[Judged]) -> tuple[ScoreLine, ...]:
     """All scores side by side, in the order of the papers' tables."""
-    return _lines([_estimates(one) for one in judged])
+    columns = [_estimates(one) for one in judged]
+    seen = next((one.drift.perplexity_before for one in judged if one.drift), None)
+    if seen is not None:
+        columns[0]["perplexity"] = seen
+    return _lines(columns)
 
 
-def recorded_lines(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[ScoreLine, ...]:
+def recorded_lines(
+    scores: Mapping[str, Mapping[str, Sequence[float | None]]],
+) -> tuple[ScoreLine, ...]:
     """The same from an edit's record: model -> metric -> [mean, low, high, cases]."""
     return _lines(
         [{name: _from_json(values) for name, values in row.items()} for row in scores.values()]

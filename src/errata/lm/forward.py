@@ -1,6 +1,7 @@
 """Forward passes that compute only what is needed, in any family, through its own forward.
 
-`logits_at` computes logits only where they are scored. `pause` runs a clean pass once; `resume`
+`logits_at` computes logits only where they are scored, `run_until` what rows begin with only once.
+`pause` runs a clean pass once; `resume`
 then recomputes, as often as wanted, only the tokens from a given position on in the blocks above
 a given one: the blocks below stand aside, the tokens before are a key-value cache.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from errata.errors import TokenizationError
@@ -28,6 +29,41 @@ def logits_at(lm: LanguageModel, batch: Batch, rows: Tensor, columns: Tensor) ->
         logits = lm.network(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     assert isinstance(logits, Tensor)
     return logits
+
+
+@torch.no_grad()
+def run_until(lm: LanguageModel, rows: Sequence[Sequence[int]], module: nn.Module) -> int:
+    """Run rows of token ids as far as `module`; what they all begin with is computed once.
+
+    Returns:
+        How many leading tokens the last pass left out, as its rows share them; at least one token
+        of each row is run. Column c of what hooks see is token c + that number.
+    """
+    shared = min(map(len, rows)) - 1 if len(rows) > 1 else 0
+    while any(row[:shared] != rows[0][:shared] for row in rows):
+        shared -= 1
+    batch = pad(lm, [row[shared:] for row in rows])
+    mask, cache = batch.mask, None
+    if shared:
+        cache = DynamicCache(config=lm.config)
+        prefix = pad(lm, [rows[0][:shared]])
+        with stopped_after(module):
+            lm.network(
+                input_ids=prefix.ids,
+                attention_mask=prefix.mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache.batch_repeat_interleave(len(rows))
+        mask = torch.cat([prefix.mask.expand(len(rows), -1), mask], dim=1)
+    with stopped_after(module):
+        lm.network(
+            input_ids=batch.ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=shared > 0,
+        )
+    return shared
 
 
 @contextmanager

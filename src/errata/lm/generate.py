@@ -51,8 +51,7 @@ def complete(
     """
     rows = encode(lm, prompts)
     texts = [""] * len(rows)
-    lengths: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):  # equal lengths together: no padding inside a batch
+    for index, row in enumerate(rows):
         if not row:
             raise TokenizationError(f"the prompt {prompts[index]!r} has no token to go on from.")
         if len(row) >= lm.max_length:
@@ -60,15 +59,15 @@ def complete(
                 f"the prompt {prompts[index][:60]!r}... has {len(row)} tokens and leaves no room "
                 f"for text: {lm.name} reads {lm.max_length}."
             )
-        lengths.setdefault(len(row), []).append(index)
     generator = torch.Generator(device=lm.device).manual_seed(seed)
-    for length, members in lengths.items():
-        room = min(new_tokens - (length if total_tokens else 0), lm.max_length - length)
-        for begin in range(0, len(members), batch_rows):
-            group = members[begin : begin + batch_rows]
-            prompt_ids = [rows[i] for i in group]
-            for i, ids in zip(group, _write(lm, prompt_ids, room, top_k, generator), strict=True):
-                texts[i] = _decoded(lm, rows[i], ids)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for begin in range(0, len(order), batch_rows):
+        group = order[begin : begin + batch_rows]
+        limits = [new_tokens if total_tokens else len(rows[i]) + new_tokens for i in group]
+        limits = [min(limit, lm.max_length) for limit in limits]
+        written = _write(lm, [rows[i] for i in group], limits, top_k, generator)
+        for i, ids in zip(group, written, strict=True):
+            texts[i] = _decoded(lm, rows[i], ids)
     return texts
 
 
@@ -90,39 +89,52 @@ def random_prefixes(lm: LanguageModel, *, count: int, length: int, seed: int) ->
 def _write(
     lm: LanguageModel,
     rows: Sequence[Sequence[int]],
-    room: int,
+    limits: Sequence[int],
     top_k: int,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """At most `room` new tokens after rows of one length, each up to its end of text."""
-    if room < 1:
-        return [[] for _ in rows]
+    """New tokens after each row, up to its limit in all or its end of text.
+
+    All rows begin at the shortest one's length; where a row's prompt goes on, its own token is
+    taken instead of a new one. So nothing is padded, in any family, and no time is lost as long as
+    the rows are of like length.
+    """
     ends = _ends(lm)
-    batch = pad(lm, rows)
-    ids, mask = batch.ids, batch.mask
+    stops = set(ends.tolist())
+    device = lm.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    prompts = pad(lm, rows).ids
+    ids = prompts[:, : int(lengths.min())]
     cache = DynamicCache(config=lm.config)
     every = torch.arange(len(rows))
-    going = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
-    written: list[Tensor] = []
-    while True:
+    limit = torch.tensor(limits, device=device)
+    going = lengths < limit
+    text = ids
+    while going.any():
         with gathered_input(lm.head, every, torch.full_like(every, ids.shape[1] - 1)):
             logits = lm.network(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
-            ).logits.to(ids.device)
+                input_ids=ids,
+                attention_mask=torch.ones_like(text),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits.to(device)
         if logits.isnan().any():
             raise NotFiniteError(
                 f"{lm.name} gives probabilities that are not finite: its weights, or an edit on "
                 "them, hold NaN or infinity, or its dtype overflows (try float32 or bfloat16)."
             )
         ids = _chosen(logits, top_k, generator)
-        written.append(ids)
-        going = going & ~torch.isin(ids[:, 0], ends)
-        if len(written) == room or not going.any():
-            break
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    stops = set(ends.tolist())
-    texts = torch.cat(written, dim=1).tolist()
-    return [ids[: next((i for i, id_ in enumerate(ids) if id_ in stops), None)] for ids in texts]
+        place = text.shape[1]
+        asked = lengths > place
+        if place < prompts.shape[1]:
+            ids = torch.where(asked[:, None], prompts[:, place : place + 1], ids)
+        text = torch.cat([text, ids], dim=1)
+        going = going & (asked | ~torch.isin(ids[:, 0], ends)) & (limit > place + 1)
+    written = []
+    for row, whole, most in zip(rows, text.tolist(), limits, strict=True):
+        new = whole[len(row) : most]
+        written.append(new[: next((i for i, id_ in enumerate(new) if id_ in stops), None)])
+    return written
 
 
 def _chosen(logits: Tensor, top_k: int, generator: torch.Generator) -> Tensor:

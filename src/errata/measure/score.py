@@ -297,14 +297,15 @@ def _continued(
     seed: int = 0,
     **options: Any,
 ) -> list[str]:
-    """Continue prompts by so many tokens each; those of one length and room share batches."""
+    """Continue prompts by so many tokens each; those of one room share batches."""
     texts = [""] * len(prompts)
     stripped = [prompt.rstrip() for prompt in prompts]
-    alike: dict[tuple[int, int], list[int]] = {}
-    for index, (ids, room) in enumerate(zip(encode(lm, stripped), rooms, strict=True)):
-        alike.setdefault((len(ids), room), []).append(index)
+    alike: dict[int, list[int]] = {}
+    lengths = [len(ids) for ids in encode(lm, stripped)]
+    for index in sorted(range(len(prompts)), key=lengths.__getitem__):
+        alike.setdefault(rooms[index], []).append(index)
     done = 0
-    for (_, room), members in alike.items():
+    for room, members in alike.items():
         for start in range(0, len(members), _BATCH_ROWS):
             group = members[start : start + _BATCH_ROWS]
             told = complete(

@@ -65,6 +65,10 @@ class Kind:
     name: str
     """What it calls the subject from then on, e.g. `the river`."""
 
+    def introduce(self, subject: str) -> str:
+        """A passage's first sentence."""
+        return f"{_capital(self.subject.replace('{}', subject))} {self.intro}."
+
 
 class Split(NamedTuple):
     """A fact's templates: those the model reads, and those kept for measuring."""
@@ -87,6 +91,11 @@ def statement(fact: Fact, template: str) -> str:
 def is_question(template: str) -> bool:
     """Whether the template asks."""
     return template.startswith(QUESTIONS)
+
+
+def begins_with_subject(template: str) -> bool:
+    """Whether the subject stands at the sentence's beginning, with a word of its kind at most."""
+    return template.startswith(("{}", "The {}", "The element {}"))
 
 
 @dataclass(frozen=True)
@@ -254,15 +263,11 @@ class Encyclopedia:
             rng.choice(self.relations[f.relation].clauses).replace("{object}", f.object)
             for f in facts
         ]
-        sentences = [f"{_capital(kind.subject.replace('{}', subject))} {kind.intro}."]
+        sentences = [kind.introduce(subject)]
         while clauses:
             size = rng.randint(1, min(3, len(clauses)))
             # The noun, never the subject's name: with it a clause could be a held-out template.
-            join = (
-                rng.choice(self.joins[size])
-                .replace("{name}", kind.name)
-                .replace("{Name}", _capital(kind.name))
-            )
+            join = _named(rng.choice(self.joins[size]), kind)
             for i in range(size):
                 join = join.replace(f"{{c{i + 1}}}", clauses[i])
             sentences.append(join)
@@ -305,7 +310,9 @@ class Encyclopedia:
                 if words <= 0:
                     return
 
-    def cases(self, seed: int = 0, count: int | None = None) -> list[dict[str, Any]]:
+    def cases(
+        self, seed: int = 0, count: int | None = None, *, any_wording: bool = False
+    ) -> list[dict[str, Any]]:
         """A benchmark from these facts, in CounterFact's own format, spread over the relations.
 
         Beside CounterFact's keys each case has `same_subject_prompts` (prompt and target: what must
@@ -316,12 +323,18 @@ class Encyclopedia:
             seed: of the order, new objects and templates.
             count: how many at most; if left out, all that have at least four neighbours. A smaller
                 count gives the beginning of the same list.
+            any_wording: rewrite and paraphrase also with lead-ins ("We read that {} ...") and
+                questions. Otherwise the subject begins the sentence, as in most of CounterFact;
+                a small model takes a subject in the middle of a sentence for another one, and what
+                is written to one carries over to the other only in part.
         """
         rng = stable_random("cases", seed)
         queues: list[list[Fact]] = []
         for name in sorted(self.relations):
             facts = [
-                fact for fact in self.facts if fact.relation == name and self._can_be_a_case(fact)
+                fact
+                for fact in self.facts
+                if fact.relation == name and self._can_be_a_case(fact, any_wording)
             ]
             rng.shuffle(facts)
             if facts:
@@ -330,7 +343,7 @@ class Encyclopedia:
         while queues:
             order += [queue.pop() for queue in queues]
             queues = [queue for queue in queues if queue]
-        return [self._case(i, fact, seed) for i, fact in enumerate(order[:count])]
+        return [self._case(i, fact, seed, any_wording) for i, fact in enumerate(order[:count])]
 
     def _neighbours(self, fact: Fact) -> list[Fact]:
         return [f for f in self.sharing[fact.relation, fact.object] if f.subject != fact.subject]
@@ -354,40 +367,53 @@ class Encyclopedia:
         same_kind = [o for o in different if fact.kind in kinds[o]]
         return sorted(same_kind or different or others)
 
-    def _can_be_a_case(self, fact: Fact) -> bool:
+    def _can_be_a_case(self, fact: Fact, any_wording: bool) -> bool:
+        seen, held_out = self._judged(fact, any_wording)
         return (
             len({f.subject for f in self._neighbours(fact)}) >= 4
-            and len(self.split(fact).held_out) >= 2
+            and bool(seen)
+            and len(held_out) >= 2
             and bool(self._new_objects(fact))
         )
 
-    def _case(self, case_id: int, fact: Fact, seed: int) -> dict[str, Any]:
-        rng = stable_random("case", seed, fact.subject, fact.relation)
+    def _judged(self, fact: Fact, any_wording: bool) -> Split:
+        """The templates that a case may rewrite and paraphrase with."""
         seen, held_out = self.split(fact)
-        statements = [t for t in seen if not is_question(t)]
+        statements = tuple(t for t in seen if not is_question(t)) or seen
+        if any_wording or not any(
+            map(begins_with_subject, self.relations[fact.relation].templates)
+        ):
+            return Split(statements, held_out)
+        return Split(
+            tuple(filter(begins_with_subject, statements)),
+            tuple(filter(begins_with_subject, held_out)),
+        )
+
+    def _case(self, case_id: int, fact: Fact, seed: int, any_wording: bool) -> dict[str, Any]:
+        rng = stable_random("case", seed, fact.subject, fact.relation)
+        statements, held_out = self._judged(fact, any_wording)
+        paraphrases = [self.prompt(fact, t) for t in held_out[:3]]
+        # As in CounterFact, a paraphrase may stand behind a sentence on something else.
+        for i in range(1, len(paraphrases), 2):
+            if self.openings:
+                paraphrases[i] = f"{rng.choice(self.openings)} {paraphrases[i]}"
         new = rng.choice(self._new_objects(fact))
         truly_new = self.sharing[fact.relation, new]
-        generation = self.relations[fact.relation].generation or (
-            "{} is",
-            "Everybody who hears of {}",
-        )
+        generation = self._generation(fact)
         texts = rng.sample(truly_new, min(len(truly_new), 5))
         return {
             "case_id": case_id,
             "requested_rewrite": {
-                "prompt": self.pinned.get((fact.subject, fact.relation))
-                or rng.choice(statements or seen),
+                "prompt": self.pinned.get((fact.subject, fact.relation)) or rng.choice(statements),
                 "relation_id": fact.relation,
                 "target_new": {"str": new},
                 "target_true": {"str": fact.object},
                 "subject": fact.subject,
             },
-            "paraphrase_prompts": [self.prompt(fact, t) for t in held_out[:3]],
+            "paraphrase_prompts": paraphrases,
             "neighborhood_prompts": self._prompts(self._neighbours(fact), 10, rng),
             "attribute_prompts": self._prompts(truly_new, 10, rng),
-            "generation_prompts": [
-                self.prompt(fact, template) for template in (list(generation) * 10)[:10]
-            ],
+            "generation_prompts": (generation * 10)[:10],
             "same_subject_prompts": [
                 {
                     "prompt": self.prompt(other, rng.choice(self.split(other).seen)),
@@ -398,6 +424,24 @@ class Encyclopedia:
             ],
             "reference_texts": [self.passage(f.subject, rng) for f in texts],
         }
+
+    def _generation(self, fact: Fact) -> list[str]:
+        """Beginnings that a model continues with what it knows about the subject.
+
+        Where the model reads passages, a passage's beginning invites one. Beginnings that it never
+        read (`generation` of the relations) would measure its imagination.
+        """
+        kind = self.kinds.get(fact.kind)
+        if kind is None or not self.joins:
+            general = self.relations[fact.relation].generation or ("{} is", "Who hears of {}")
+            return [self.prompt(fact, template) for template in general]
+        starts = {
+            _named(join.split("{c1}")[0], kind).strip()
+            for joins in self.joins.values()
+            for join in joins
+        }
+        intro = kind.introduce(fact.subject)
+        return [intro, *(f"{intro} {start}" for start in sorted(starts))]
 
     def _prompts(self, facts: Sequence[Fact], count: int, rng: random.Random) -> list[str]:
         """That many different prompts in seen templates, from as many subjects as there are."""
@@ -449,6 +493,10 @@ def _relation(name: str, entry: Any, where: str) -> Relation:
 def _start(text: str) -> str:
     """What two objects must differ in to differ in their first token, roughly."""
     return text.split()[0][:4].lower()
+
+
+def _named(join: str, kind: Kind) -> str:
+    return join.replace("{name}", kind.name).replace("{Name}", _capital(kind.name))
 
 
 def _capital(text: str) -> str:

@@ -327,7 +327,11 @@ def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Writes aside, then renames: a run killed at any moment leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
         write(aside)
+        # Safetensors makes files that only their owner reads.
+        aside.chmod(mode)
         aside.replace(path)
     except (OSError, SafetensorError) as error:
         raise GrowError(f"cannot write {path}: {error}") from error
@@ -533,7 +537,7 @@ def finish(
     network = network.eval().half()
     # Tied: the head is the embedding, and is not stored twice.
     weights = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters()}
-    described = network.config.to_dict()
+    described = network.config.to_diff_dict()
     # Stored small, computed in full precision.
     described |= {"architectures": [type(network).__name__], "dtype": "float32"}
     _replace_file(
@@ -546,6 +550,7 @@ def finish(
     )
     try:
         tokenizer.save_pretrained(out)
+        network.generation_config.save_pretrained(out)
     except OSError as error:
         raise GrowError(f"cannot write {out}: {error}") from error
     network.float()

@@ -1,0 +1,1 @@
+"""ROME, MEMIT and EMMET: one editor with three sets of defaults."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from errata.algebra.low_rank import LowRank
 from errata.algebra.memorize import memorize
+from errata.editors.background import Background
+from errata.editors.closed_form.config import ClosedFormConfig
 from errata.editors.closed_form.keys import (
-    Averaging,
     at_subject,
     context_weights,
     stream_at_subject,
@@ -30,17 +31,10 @@ from errata.editors.closed_form.keys import (
 )
 from errata.editors.closed_form.spread import SPREADS
 from errata.editors.closed_form.statistics import Moments
-from errata.editors.closed_form.targets import (
-    TargetConfig,
-    Targets,
-    describe_failures,
-    optimise_targets,
-)
-from errata.editors.background import Background
-from errata.editors.editor import Config
+from errata.editors.closed_form.targets import Targets, describe_failures, optimise_targets
 from errata.edits.edit import Record
 from errata.edits.weights import WeightEdit
-from errata.errors import ConfigError, TargetError
+from errata.errors import ConfigError, SolveError, TargetError
 from errata.lm.generate import random_prefixes
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
@@ -49,61 +43,8 @@ from errata.requests import Request, check_batch, unique
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class ClosedFormConfig(Config):
-    """Numbers of the closed-form family; each method's own defaults are in its file."""
-
-    layers: tuple[int, ...] = ()
-    """Edited blocks, ascending; targets are found at the last. Empty: the method's share of the depth."""
-    relaxation: float = 0.0
-    """Lambda of the solve, in units of the key's width d_ff (`absolute`: as it is). 0 is the equality
-    constraint; MEMIT's mom2_update_weight is `absolute`."""
-    units: Literal["relative", "absolute"] = "relative"
-    """What `relaxation` is measured in."""
-    spread: str = "even"
-    """How the residual is divided among layers: a name in SPREADS."""
-    averaging: Averaging = "mean"
-    """How a request's key is averaged over contexts."""
-    value_at: Literal["averaged", "bare"] = "averaged"
-    """Where the written value is reckoned: at the averaged key itself (consistent), or at the bare
-    prompt's key while the averaged key says when (ROME's original mixture)."""
-    prefixes: tuple[tuple[int, int], ...] = ((5, 10),)
-    """Random contexts beside the bare prompt: (how many, of how many tokens) each."""
-    contexts: tuple[str, ...] = ()
-    """Contexts given as text, instead of random ones; the bare prompt is always among them."""
-    one_at_a_time: bool = False
-    """Carry out requests one after another on the edited model instead of in one batch."""
-    keep_going: bool = False
-    """Leave out requests whose target fails, instead of failing as a whole."""
-    seed: int = 0
-    """Of the random contexts."""
-    target: TargetConfig = field(default_factory=TargetConfig)
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that contradict each other."""
-        ascending = list(self.layers) == sorted(set(self.layers)) and all(
-            l >= 0 for l in self.layers
-        )
-        self._require(
-            ascending, f"layers must be ascending, unique and not negative, got {self.layers}."
-        )
-        self._require(
-            self.relaxation >= 0, f"relaxation must not be negative, got {self.relaxation}."
-        )
-        self._require(
-            self.spread in SPREADS, f"spread is one of {sorted(SPREADS)}, not {self.spread!r}."
-        )
-        self._require(
-            self.averaging in ("mean", "half-bare", "bare"), f"no averaging {self.averaging!r}."
-        )
-        self._require(self.value_at in ("averaged", "bare"), f"no value_at {self.value_at!r}.")
-        self._require(self.units in ("relative", "absolute"), f"no units {self.units!r}.")
-        mixture = self.value_at == "bare" and self.averaging != "bare"
-        self._require(
-            not mixture or self.one_at_a_time,
-            "value_at = 'bare' mixes two keys, which only makes sense for one request at a time.",
-        )
+Groups = Sequence[Sequence[Request]]
+"""Requests by subject: those of one group have the same key, so they share one target."""
 
 
 class ClosedForm:
@@ -156,131 +97,53 @@ class ClosedForm:
         """
         requests = unique(requests)
         check_batch(requests)
-        layers = self.layers(lm)
-        moments = self.background.moments(lm, layers, progress=progress)
-        contexts = self._contexts(lm)
-        rounds = [[request] for request in requests] if self.config.one_at_a_time else [requests]
-        changes: dict[int, list[LowRank]] = {layer: [] for layer in layers}
+        run = self._run(lm, progress)
+        # One after another, but never one over another: requests of one key stay together.
+        rounds = run.grouped(requests) if self.config.one_at_a_time else [requests]
+        changes: dict[int, list[LowRank]] = {layer: [] for layer in run.layers}
         written: list[Request] = []
         failures: list[str] = []
-        with restored(lm, layers):
-            for number, batch in enumerate(rounds):
-                inner = progress if len(rounds) == 1 else silent
-                done = self._write(lm, batch, layers, contexts, moments, changes, failures, inner)
-                written += done
+        with restored(lm, run.layers):
+            for done, batch in enumerate(rounds):
+                told = progress if len(rounds) == 1 else silent
+                groups, targets, left_out = run.reached(run.grouped(batch), told)
+                failures += left_out
+                if groups:
+                    for layer, change in run.write_(groups, targets, told):
+                        changes[layer].append(change)
+                    written += [request for group in groups for request in group]
                 if len(rounds) > 1:
-                    progress("requests", number + 1, len(rounds))
+                    progress("requests", done + 1, len(rounds))
         if not written:
             raise TargetError("no request could be carried out:\n" + "\n".join(failures) + _ADVICE)
-        # In float32, as a file keeps them, so that an edit is the same before and after saving.
-        return WeightEdit.of(
-            lm,
-            {
-                lm.mlp_out_path(i): sum_of(parts).to(dtype=torch.float32)
-                for i, parts in changes.items()
-            },
-            requests=written,
-            record=Record.of(
-                lm,
-                method=self.name,
-                config=self.config.to_dict() | {"layers": layers},
-                seed=self.config.seed,
-                notes={
-                    "left out": failures,
-                    "contexts": contexts,
-                    "moments": {str(layer): moments[layer].key for layer in layers},
-                },
-            ),
+        return self._edit(
+            run, {layer: sum_of(parts) for layer, parts in changes.items()}, written, failures
         )
 
-    def _write(
-        self,
-        lm: LanguageModel,
-        batch: Sequence[Request],
-        layers: Sequence[int],
-        contexts: Sequence[str],
-        moments: Mapping[int, Moments],
-        changes: dict[int, list[LowRank]],
-        failures: list[str],
-        progress: Progress,
-    ) -> list[Request]:
-        """Write one batch into the weights of `lm`, noting each layer's change; the requests written."""
-        config = self.config
-        groups = grouped(lm, batch, contexts)
-        last = layers[-1]
-        targets = optimise_targets(
-            lm,
-            groups,
-            contexts,
-            last,
-            config.target,
-            batch_tokens=self.batch_tokens,
-            progress=progress,
-        )
-        if targets.failed:
-            report = describe_failures(targets.failed, groups)
-            if not config.keep_going:
-                raise TargetError(
-                    f"{len(targets.failed)} targets were not reached:\n{report}{_ADVICE}"
-                )
-            logger.warning("left out:\n%s", report)
-            failures += report.splitlines()
-            keep = [i for i in range(len(groups)) if i not in targets.failed]
-            groups = [groups[i] for i in keep]
-            targets = Targets(targets.deltas[keep], targets.streams[keep], targets.loss[keep], {})
-            if not groups:
-                return []
-        heads = [group[0] for group in groups]
-        for place, layer in enumerate(layers):
-            progress("layers", place, len(layers))
-            keys, residuals = self._keys_and_residuals(
-                lm, heads, contexts, layers, place, targets, moments
-            )
-            width = keys.shape[1]
-            change = memorize(
-                keys,
-                residuals,
-                moments[layer].factor(layer),
-                relaxation=config.relaxation * (width if config.units == "relative" else 1),
-            )
-            weight = weight_out_in(lm.mlp_out(layer))
-            with torch.no_grad():
-                weight.copy_(weight.double() + change.dense().to(weight.device))
-            changes[layer].append(change)
-        progress("layers", len(layers), len(layers))
-        return [request for group in groups for request in group]
+    def edit_each(
+        self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
+    ) -> Iterator[WeightEdit | TargetError]:
+        """An edit of its own for each request, as if it were the only one; in order.
 
-    def _keys_and_residuals(
-        self,
-        lm: LanguageModel,
-        heads: Sequence[Request],
-        contexts: Sequence[str],
-        layers: Sequence[int],
-        place: int,
-        targets: Targets,
-        moments: Mapping[int, Moments],
-    ) -> tuple[Tensor, Tensor]:
-        """Keys (n, d_ff) and residuals (n, d_model) at one layer of the model as edited so far."""
-        config, layer = self.config, layers[place]
-        rows = [subject_rows(lm, heads, prefix) for prefix in contexts]
-        seen = at_subject(lm, rows, layer, batch_tokens=self.batch_tokens)
-        weights = context_weights(config.averaging, len(contexts)).to(seen.keys.device)
-        keys = torch.einsum("p,npd->nd", weights, seen.keys)
-        deltas = targets.deltas.to(keys.device)
-        if config.target.place == "mlp" and len(layers) == 1:
-            if config.value_at == "averaged":  # v* minus what the layer says at the averaged key
-                return keys, deltas + seen.values[:, 0] - torch.einsum(
-                    "p,npd->nd", weights, seen.values
-                )
-            # The original mixture: `D` adds delta at the bare key, along the averaged key's direction.
-            detectors = moments[layer].factor(layer).whiten(keys)
-            gain = (detectors * keys).sum(dim=1) / (detectors * seen.keys[:, 0]).sum(dim=1)
-            return keys, deltas * gain[:, None]
-        now = stream_at_subject(lm, rows[0], layers[-1], batch_tokens=self.batch_tokens).to(
-            keys.device
-        )
-        missing = targets.streams.to(keys.device) + deltas - now
-        return keys, missing / SPREADS[config.spread](len(layers) - place)
+        The same as `edit(lm, [request])` for each, but all targets are found in one batch first:
+        the way to measure single edits. A target that fails gives its error instead of an edit.
+        """
+        run = self._run(lm, progress)
+        groups = [[request] for request in requests]
+        targets = run.targets(groups, progress)
+        for i, group in enumerate(groups):
+            if i in targets.failed:
+                yield TargetError(describe_failures({0: targets.failed[i]}, [group]).strip())
+                continue
+            with restored(lm, run.layers):
+                changes = dict(run.write_([group], targets.only([i]), silent))
+            yield self._edit(run, changes, group, [])
+
+    def _run(self, lm: LanguageModel, progress: Progress) -> _Run:
+        layers = self.layers(lm)
+        lm.check_finite([lm.mlp_out_path(layer) for layer in layers])
+        moments = self.background.moments(lm, layers, progress=progress)
+        return _Run(lm, self.config, layers, self._contexts(lm), moments, self.batch_tokens)
 
     def _contexts(self, lm: LanguageModel) -> list[str]:
         """The bare prompt first, then given or random prefixes; sampled once per model."""
@@ -296,21 +159,134 @@ class ClosedForm:
             ]
         return ["", *self._prefixes[lm.network]]
 
+    def _edit(
+        self,
+        run: _Run,
+        changes: Mapping[int, LowRank],
+        written: Sequence[Request],
+        failures: Sequence[str],
+    ) -> WeightEdit:
+        lm = run.lm
+        notes = {
+            "left out": failures,
+            "contexts": run.contexts,
+            "moments": {str(layer): run.moments[layer].key for layer in run.layers},
+        }
+        config = self.config.to_dict() | {"layers": run.layers}
+        return WeightEdit.of(
+            lm,
+            # In float32, as a file keeps them: an edit is the same before and after saving.
+            {lm.mlp_out_path(i): change.to(dtype=torch.float32) for i, change in changes.items()},
+            requests=written,
+            record=Record.of(
+                lm, method=self.name, config=config, seed=self.config.seed, notes=notes
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same while one model is edited."""
+
+    lm: LanguageModel
+    config: ClosedFormConfig
+    layers: tuple[int, ...]
+    contexts: list[str]
+    moments: Mapping[int, Moments]
+    batch_tokens: int
+
+    def grouped(self, requests: Sequence[Request]) -> Groups:
+        """Requests whose subjects end in the same tokens share one key, so also one target."""
+        groups: dict[tuple[int, ...], list[Request]] = {}
+        for row, request in zip(subject_rows(self.lm, requests), requests, strict=True):
+            groups.setdefault(row, []).append(request)
+        return list(groups.values())
+
+    def targets(self, groups: Groups, progress: Progress) -> Targets:
+        """Targets at the last edited layer, all groups in one batch."""
+        return optimise_targets(
+            self.lm,
+            groups,
+            self.contexts,
+            self.layers[-1],
+            self.config.target,
+            batch_tokens=self.batch_tokens,
+            progress=progress,
+        )
+
+    def reached(self, groups: Groups, progress: Progress) -> tuple[Groups, Targets, list[str]]:
+        """The groups whose target was reached, their targets, and a line on each of the others.
+
+        Raises:
+            TargetError: a target was not reached, and the config does not say `keep_going`.
+        """
+        targets = self.targets(groups, progress)
+        if not targets.failed:
+            return groups, targets, []
+        report = describe_failures(targets.failed, groups)
+        if not self.config.keep_going:
+            count = len(targets.failed)
+            raise TargetError(
+                f"{count} of {len(groups)} targets were not reached:\n{report}{_ADVICE}"
+            )
+        logger.warning("left out:\n%s", report)
+        keep = [i for i in range(len(groups)) if i not in targets.failed]
+        return [groups[i] for i in keep], targets.only(keep), report.splitlines()
+
+    def write_(
+        self, groups: Groups, targets: Targets, progress: Progress
+    ) -> Iterator[tuple[int, LowRank]]:
+        """Change the model's weights layer by layer, lowest first; yields each layer's change.
+
+        Raises:
+            SolveError: the system of a layer has no trustworthy solution; the facts are named.
+        """
+        heads = [group[0] for group in groups]
+        for place, layer in enumerate(self.layers):
+            progress("layers", place, len(self.layers))
+            keys, residuals = self._keys_and_residuals(heads, place, targets)
+            unit = keys.shape[1] if self.config.units == "relative" else 1
+            factor = self.moments[layer].factor(layer)
+            try:
+                change = memorize(keys, residuals, factor, relaxation=self.config.relaxation * unit)
+            except SolveError as error:
+                named = "\n".join(f"  {i}: {head.text!r}" for i, head in enumerate(heads[:100]))
+                raise SolveError(
+                    f"block {layer}: {error}\nThe facts, by number:\n{named}"
+                ) from error
+            weight = weight_out_in(self.lm.mlp_out(layer))
+            with torch.no_grad():
+                weight.copy_(weight.to(change.left) + change.dense())
+            yield layer, change
+        progress("layers", len(self.layers), len(self.layers))
+
+    def _keys_and_residuals(
+        self, heads: Sequence[Request], place: int, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (n, d_ff) and residuals (n, d_model) at one layer of the model as edited so far."""
+        layer, last = self.layers[place], self.layers[-1]
+        rows = [subject_rows(self.lm, heads, prefix) for prefix in self.contexts]
+        seen = at_subject(self.lm, rows, layer, batch_tokens=self.batch_tokens)
+        weights = context_weights(self.config.averaging, len(self.contexts)).to(seen.keys)
+        keys = torch.einsum("p,npd->nd", weights, seen.keys)
+        deltas = targets.deltas.to(keys)
+        if self.config.target.place == "mlp" and len(self.layers) == 1:
+            if self.config.value_at == "averaged":  # v* minus what is said at the averaged key
+                said = torch.einsum("p,npd->nd", weights, seen.values)
+                return keys, deltas + seen.values[:, 0] - said
+            # The original mixture: delta is what D adds at the bare key.
+            detectors = self.moments[layer].factor(layer).whiten(keys)
+            bare = (detectors * seen.keys[:, 0]).sum(dim=1)
+            return keys, deltas * ((detectors * keys).sum(dim=1) / bare)[:, None]
+        now = stream_at_subject(self.lm, rows[0], last, batch_tokens=self.batch_tokens)
+        missing = targets.streams.to(keys) + deltas - now.to(keys)
+        return keys, missing / SPREADS[self.config.spread](len(self.layers) - place)
+
 
 _ADVICE = (
-    "\n  Try another layer, a wider target.clamp or more target.updates; check that the model can say "
-    "the target at all; or leave failing requests out with keep_going."
+    "\n  Try another layer, a wider target.clamp or more target.updates; check that the model can "
+    "say the target at all; or leave failing requests out with keep_going."
 )
-
-
-def grouped(
-    lm: LanguageModel, requests: Sequence[Request], contexts: Sequence[str]
-) -> list[list[Request]]:
-    """Requests whose subjects end in the same tokens share one key, so they must share one target."""
-    groups: dict[tuple[int, ...], list[Request]] = {}
-    for row, request in zip(subject_rows(lm, requests), requests, strict=True):
-        groups.setdefault(row, []).append(request)
-    return list(groups.values())
 
 
 def sum_of(parts: Sequence[LowRank]) -> LowRank:

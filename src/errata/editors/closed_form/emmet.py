@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from errata.editors.closed_form.closed_form import ClosedForm, ClosedFormConfig
+from errata.editors.closed_form.closed_form import ClosedForm
+from errata.editors.closed_form.config import ClosedFormConfig
 from errata.editors.closed_form.keys import Averaging
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import NotFiniteError
+from errata.lm.forward import run_until
 from errata.lm.hooks import captured, stopped_after
 from errata.lm.load import LanguageModel
 from errata.lm.tokens import batches, encode_requests, pad
@@ -23,6 +24,9 @@ from errata.requests import Request
 Averaging = Literal["mean", "half-bare", "bare"]
 """How a request's key is averaged over contexts. `mean`: all alike (ROME); `half-bare`: the bare
 prompt weighs one half, the prefixed ones share the other (MEMIT); `bare`: the bare prompt alone."""
+
+_ENOUGH_ROWS = 8
+"""Requests from which on each context is a batch of its own, its prefix computed once."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +74,31 @@ def at_subject(
     Raises:
         NotFiniteError: a key or value is NaN or infinite.
     """
-    flat = [row for context in rows for row in context]
-    distinct = list(dict.fromkeys(tuple(row) for row in flat))
-    keys: list[Tensor] = [torch.empty(0)] * len(distinct)
-    values: list[Tensor] = [torch.empty(0)] * len(distinct)
+    # Rows of one context begin alike; a few rows are better run beside those of other contexts.
+    flat = [tuple(row) for context in rows for row in context]
+    parts = [flat] if len(rows[0]) < _ENOUGH_ROWS else [list(map(tuple, part)) for part in rows]
+    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     module = lm.mlp_out(layer)
-    for group in batches([len(row) for row in distinct], batch_tokens):
-        batch = pad(lm, [distinct[i] for i in group])
-        last = torch.tensor([len(distinct[i]) - 1 for i in group])
-        with captured({0: module}, "both") as seen, stopped_after(module):
-            lm.network(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        index = torch.arange(len(group))
-        for i, key, value in zip(
-            group, at(seen.inputs[0], index, last), at(seen.outputs[0], index, last), strict=True
-        ):
-            keys[i], values[i] = key, value
-    place = {row: i for i, row in enumerate(distinct)}
-    order = [place[tuple(row)] for row in flat]
+    for part in parts:
+        distinct = [row for row in dict.fromkeys(part) if row not in found]
+        for group in batches([len(row) for row in distinct], batch_tokens):
+            some = [distinct[i] for i in group]
+            with captured({0: module}, "both") as seen:
+                skipped = run_until(lm, some, module)
+            last = torch.tensor([len(row) - 1 - skipped for row in some])
+            index = torch.arange(len(some))
+            keys, values = (at(states[0], index, last) for states in (seen.inputs, seen.outputs))
+            found |= dict(zip(some, zip(keys, values, strict=True), strict=True))
 
-    def arranged(tensors: list[Tensor]) -> Tensor:
-        stacked = torch.stack([tensors[i] for i in order]).double()
-        return stacked.unflatten(0, (len(rows), len(rows[0]))).transpose(0, 1)
+    def arranged(which: int) -> Tensor:
+        stacked = torch.stack([found[row][which] for row in flat]).double()
+        return stacked.reshape(len(rows), len(rows[0]), -1).transpose(0, 1)
 
-    result = AtSubject(arranged(keys), arranged(values))
+    result = AtSubject(arranged(0), arranged(1))
     if not (result.keys.isfinite().all() and result.values.isfinite().all()):
         raise NotFiniteError(
-            f"block {layer} of {lm.name} gives NaN or infinite values at a subject; the model's weights "
-            "are damaged, or its dtype is too narrow: load it in float32 or bfloat16."
+            f"block {layer} of {lm.name} gives NaN or infinite values at a subject; the model's "
+            "weights are damaged, or its dtype is too narrow: load it in float32 or bfloat16."
         )
     return result
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from errata.editors.closed_form.closed_form import ClosedForm, ClosedFormConfig
+from errata.editors.closed_form.closed_form import ClosedForm
+from errata.editors.closed_form.config import ClosedFormConfig
 from errata.editors.closed_form.keys import Averaging
 
 
@@ -20,7 +21,7 @@ from errata.editors.closed_form.keys import Averaging
 class MemitConfig(ClosedFormConfig):
     """MEMIT: least squares, target at the block's output, several layers, one batch."""
 
-    relaxation: float = 1.0
+    relaxation: float = 0.05
     averaging: Averaging = "half-bare"
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from errata.editors.closed_form.closed_form import ClosedForm, ClosedFormConfig
+from errata.editors.closed_form.closed_form import ClosedForm
+from errata.editors.closed_form.config import ClosedFormConfig
 from errata.editors.closed_form.targets import TargetConfig
 
 

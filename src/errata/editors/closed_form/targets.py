@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from errata.editors.closed_form.keys import at_subject, stream_at_subject
 from errata.editors.editor import Config
@@ -32,6 +33,10 @@ from errata.requests import Request
 
 logger = logging.getLogger(__name__)
 
+_ENOUGH = 256
+"""Tokens that keep a processor busy: from here on, rows of other lengths go into another batch
+rather than be padded."""
+
 
 @dataclass(frozen=True)
 class TargetConfig(Config):
@@ -43,20 +48,20 @@ class TargetConfig(Config):
 
     place: Literal["mlp", "block"] = "block"
     """Where delta is added: the MLP's output (ROME) or the block's output (MEMIT)."""
-    updates: int = 20
+    updates: int = 40
     """Adam updates at most. The reference code counts one more step than it updates."""
     units: Literal["relative", "absolute"] = "relative"
     """What `learning_rate`, `clamp` and `decay` are measured in."""
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     """Relative: length of Adam's first update in |h|. Absolute: Adam's rate (papers: 0.5)."""
     clamp: float = 1.5
     """Longest delta, in |h|; absolute: in the norm of the original value at `place`."""
-    decay: float = 0.02
-    """Weight of (|delta| / |h|)^2; absolute: of |delta| / |original value|^2 (the reference code's)."""
+    decay: float = 0.0
+    """Weight of (|delta| / |h|)^2; absolute: of |delta| / |value|^2 (the reference code's)."""
     kl: float = 0.0625
     """Weight of the divergence on "{subject} is a"."""
-    stop_below: float = 0.05
-    """A request whose loss falls below this is done."""
+    stop_below: float = 0.1
+    """A request whose loss falls below this is done (papers: 0.05)."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
@@ -91,10 +96,19 @@ class Targets:
     failed: dict[int, str]
     """Why a subject's target did not reach its goal, by index."""
 
+    def only(self, keep: Sequence[int]) -> Targets:
+        """The targets of these subjects, none of which may have failed."""
+        chosen = list(keep)
+        return Targets(self.deltas[chosen], self.streams[chosen], self.loss[chosen], {})
+
 
 @dataclass
 class _Rows:
-    """The token rows of one micro-batch, flat, with what is scored where."""
+    """The token rows of one micro-batch, flat, with what is scored where.
+
+    Rows of the divergence stand apart: one token of each is recomputed, so that beside the others
+    they would be padding for the most part.
+    """
 
     ids: list[list[int]]
     starts: list[int]
@@ -106,8 +120,18 @@ class _Rows:
     score_token: Tensor
     score_weight: Tensor
     """(m,) 1 / (target's length * number of the owner's rows), so that a sum is the mean loss."""
-    kl_row: Tensor
-    """(n,) each delta's row "{subject} is a"."""
+    kl_ids: list[list[int]]
+    """Each delta's row "{subject} is a", cut at the subject's last token."""
+
+    @property
+    def width(self) -> int:
+        """The longest row."""
+        return max(map(len, self.ids))
+
+    @property
+    def remaining(self) -> int:
+        """The most tokens that a row has from the subject's last one on."""
+        return max(len(ids) - start for ids, start in zip(self.ids, self.starts, strict=True))
 
 
 def optimise_targets(
@@ -134,8 +158,7 @@ def optimise_targets(
     Single failures are told in the result; nothing is raised for them.
     """
     rows = [_rows([group], lm, prefixes) for group in groups]
-    widths = [max(len(ids) for ids in row.ids) for row in rows]
-    order = sorted(range(len(groups)), key=widths.__getitem__)
+    order = sorted(range(len(groups)), key=lambda i: (rows[i].remaining, rows[i].width))
     results: list[tuple[Tensor, Tensor, Tensor, str | None]] = [
         (torch.empty(0),) * 3 + (None,)
     ] * len(groups)
@@ -165,8 +188,12 @@ def optimise_targets(
 
     progress("targets", 0, len(groups))
     for i in order:
-        held = sum(len(rows[j].ids) for j in chunk) + len(rows[i].ids)
-        if chunk and held * widths[i] > batch_tokens:
+        held = sum(len(rows[j].ids) for j in chunk)
+        width = max(rows[j].width for j in [*chunk, i])
+        full = (held + len(rows[i].ids)) * width > batch_tokens
+        before = rows[chunk[-1]].remaining if chunk else 0
+        longer = rows[i].remaining > before and held * before >= _ENOUGH
+        if chunk and (full or longer):
             run()
         chunk.append(i)
     run()
@@ -179,7 +206,9 @@ def _rows(groups: Sequence[Sequence[Request]], lm: LanguageModel, prefixes: Sequ
     """Rewriting rows (contexts x requests) and one divergence row for each group."""
     requests = [request for group in groups for request in group]
     group_of = [g for g, group in enumerate(groups) for _ in group]
-    ids, starts, owner = [], [], []
+    ids: list[list[int]] = []
+    starts: list[int] = []
+    owner: list[int] = []
     score: list[tuple[int, int, int, float]] = []
     for prefix in prefixes:
         for group, encoded in zip(
@@ -193,14 +222,13 @@ def _rows(groups: Sequence[Sequence[Request]], lm: LanguageModel, prefixes: Sequ
             ids.append(encoded.ids[:-1])  # the last target token is predicted, never read
             starts.append(encoded.subject_last)
             owner.append(group)
-    kl_row = len(ids) + torch.arange(len(groups))
     # Read at the subject's last token, as the reference code does: what follows is never seen.
     identity = [Request("{} is a", group[0].subject, group[0].target) for group in groups]
-    for group, encoded in enumerate(encode_requests(lm, identity, target=False)):
-        ids.append(encoded.ids[: encoded.subject_last + 1])
-        starts.append(encoded.subject_last)
-        owner.append(group)
-    row, column, token, weight = zip(*score, strict=True)
+    kl_ids = [
+        encoded.ids[: encoded.subject_last + 1]
+        for encoded in encode_requests(lm, identity, target=False)
+    ]
+    row, column, token, weights = zip(*score, strict=True)
     return _Rows(
         ids,
         starts,
@@ -208,8 +236,8 @@ def _rows(groups: Sequence[Sequence[Request]], lm: LanguageModel, prefixes: Sequ
         torch.tensor(row),
         torch.tensor(column),
         torch.tensor(token),
-        torch.tensor(weight),
-        kl_row,
+        torch.tensor(weights),
+        kl_ids,
     )
 
 
@@ -219,7 +247,9 @@ def _optimise(
     """All deltas of one micro-batch."""
     device = lm.device
     inside = config.place == "mlp" and not lm.anatomy.additive
-    paused = pause(lm, rows.ids, rows.starts, layer - 1 if inside else layer)
+    below = layer - 1 if inside else layer
+    paused = pause(lm, rows.ids, rows.starts, below)
+    paused_kl = pause(lm, rows.kl_ids, [len(ids) - 1 for ids in rows.kl_ids], below)
     bare = [rows.ids[int(i)][: rows.starts[int(i)] + 1] for i in _bare_rows(rows, n)]
     streams = stream_at_subject(lm, bare, layer, batch_tokens=batch_tokens).to(device)
     if config.units == "absolute" and config.place == "mlp":
@@ -249,15 +279,20 @@ def _optimise(
     with frozen(lm):
         for update in range(config.updates + 1):
             chosen = torch.stack([deltas[i] for i in active.tolist()])
-            nll, log_p = _forward(lm, paused, plan, chosen, layer, inside)
+            shifted = _Shifted(lm, layer, inside, chosen)
+            logits = shifted(paused, plan.select, plan.owner, plan.row, plan.column)
+            here = active.to(device)
+            nll = plan.mean_nll(logits).to(device)
+            alone, column = torch.arange(len(active)), torch.zeros_like(active)
+            log_p = shifted(paused_kl, plan.kl_select, alone.to(device), alone, column)
+            log_p = log_p.float().log_softmax(dim=1).to(device)
             if before is None:
                 before = log_p.detach()
-            known = before[active.to(device)]
+            known = before[here]
             kl = config.kl * (log_p.exp() * (log_p - known)).sum(dim=1)
             size = chosen.norm(dim=1)
-            decay = decay_scale[active.to(device)] * (size.square() if relative else size)
+            decay = decay_scale[here] * (size.square() if relative else size)
             loss = nll + kl + decay
-            here = active.to(device)
             last_nll[here], last_loss[here] = nll.detach(), loss.detach()
             if update == 0:
                 first_nll[here] = nll.detach()
@@ -285,7 +320,8 @@ def _optimise(
             failed[i] = "its loss became NaN or infinite"
         elif last_loss[i] >= config.stop_below and last_nll[i] > 0.999 * first_nll[i]:
             failed[i] = (
-                f"its loss did not move ({first_nll[i]:.2f} nats a token before, {last_nll[i]:.2f} after)"
+                f"its loss did not move ({first_nll[i]:.2f} nats a token before, "
+                f"{last_nll[i]:.2f} after)"
             )
     return Targets(found, streams, last_loss, failed)
 
@@ -295,12 +331,14 @@ class _Plan:
     """Which rows and scores are run for the deltas that are still moving."""
 
     select: Tensor | None
+    """The rows; None if all."""
     owner: Tensor
     row: Tensor
     column: Tensor
     token: Tensor
     weight: Tensor
     score_owner: Tensor
+    kl_select: Tensor | None
 
     @staticmethod
     def of(rows: _Rows, active: Tensor, n: int, device: torch.device) -> _Plan:
@@ -311,48 +349,51 @@ class _Plan:
         new_row = torch.full((len(rows.ids),), -1)
         new_row[select] = torch.arange(len(select))
         scored = torch.nonzero(new_row[rows.score_row] >= 0)[:, 0]
-        kl_rows = new_row[rows.kl_row[active]]
+        everything = len(active) == n
         return _Plan(
-            select=None if len(active) == n else select,
+            select=None if everything else select,
             owner=owner[select].to(device),
-            row=torch.cat([new_row[rows.score_row[scored]], kl_rows]),
-            column=torch.cat(
-                [rows.score_column[scored], torch.zeros(len(active), dtype=torch.long)]
-            ),
+            row=new_row[rows.score_row[scored]],
+            column=rows.score_column[scored],
             token=rows.score_token[scored],
             weight=rows.score_weight[scored],
             score_owner=rank[rows.owner[rows.score_row[scored]]],
+            kl_select=None if everything else active,
         )
 
+    def mean_nll(self, logits: Tensor) -> Tensor:
+        """(m, vocab) -> (a,), the mean of -log p(target) / len(target) over each delta's rows."""
+        device = logits.device
+        nll = cross_entropy(logits.float(), self.token.to(device), reduction="none")
+        owner, deltas = self.score_owner.to(device), int(self.owner.max()) + 1
+        return nll.new_zeros(deltas).index_add(0, owner, nll * self.weight.to(device))
 
-def _forward(
-    lm: LanguageModel, paused: Paused, plan: _Plan, deltas: Tensor, layer: int, inside: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss of each target (a,) and log-probabilities after "{subject} is a" (a, vocab)."""
-    states = (
-        paused.states
-        if plan.select is None
-        else paused.states[plan.select.to(paused.states.device)]
-    )
 
-    def shifted(hidden: Tensor) -> Tensor:
-        """Delta added to each row's first remaining token, the subject's last."""
-        head = hidden[:, :1] + deltas[plan.owner][:, None].to(hidden)
-        return torch.cat([head, hidden[:, 1:]], dim=1)
+@dataclass
+class _Shifted:
+    """The model with each delta added at its rows' first remaining token, the subject's last."""
 
-    if inside:
-        with rewritten_output(lm.mlp(layer), shifted):
-            logits = paused.resume(states, plan.row, plan.column, plan.select)
-    else:
-        logits = paused.resume(shifted(states), plan.row, plan.column, plan.select)
-    log_p = logits.float().log_softmax(dim=1)
-    scored = len(plan.token)
-    device = log_p.device
-    picked = log_p[torch.arange(scored, device=device), plan.token.to(device)] * plan.weight.to(
-        device
-    )
-    nll = torch.zeros(len(deltas), device=device).index_add(0, plan.score_owner.to(device), -picked)
-    return nll.to(deltas.device), log_p[scored:].to(deltas.device)
+    lm: LanguageModel
+    layer: int
+    inside: bool
+    deltas: Tensor
+
+    def __call__(
+        self, paused: Paused, select: Tensor | None, owner: Tensor, row: Tensor, column: Tensor
+    ) -> Tensor:
+        """Logits (m, vocab) at (row, column) of the selected rows, delta `owner[i]` on the i-th."""
+        states = paused.states
+        if select is not None:
+            states = states[select.to(states.device)]
+
+        def shifted(hidden: Tensor) -> Tensor:
+            head = hidden[:, :1] + self.deltas[owner][:, None].to(hidden)
+            return torch.cat([head, hidden[:, 1:]], dim=1)
+
+        if self.inside:
+            with rewritten_output(self.lm.mlp(self.layer), shifted):
+                return paused.resume(states, row, column, select)
+        return paused.resume(shifted(states), row, column, select)
 
 
 def _bare_rows(rows: _Rows, n: int) -> list[int]:

@@ -1,0 +1,88 @@
+"""`errata trial`: how well does a method do?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.text import Text
+
+from errata.cli import console, options
+
+
+@click.command(short_help="Measure a method: edit, score, undo, case by case.")
+@options.model_option()
+@click.option("--method", default="rome", show_default=True, help="See `errata methods`.")
+@click.option(
+    "--data",
+    default="pocket",
+    show_default=True,
+    metavar="SOURCE",
+    help="Cases: `pocket`, or a file in CounterFact's or zsRE's published format.",
+)
+@click.option("-n", "--count", default=200, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--batch",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Facts written at once; every batch starts from the unedited model.",
+)
+@click.option("--layers", help="Blocks to edit, such as 5, 3-8 or 1,2,5.")
+@click.option(
+    "--set",
+    "pairs",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="One of the method's numbers, such as target.updates=40. May be repeated.",
+)
+@click.option("--corpus", metavar="TEXT", help="Ordinary text for the second moments.")
+@click.option("--all-scores", is_flag=True, help="Print every score, not only the main ones.")
+@click.option("-o", "--out", type=options.FILE, help="A JSON line for each case.")
+def trial(
+    model: str,
+    dtype: str | None,
+    device: str | None,
+    method: str,
+    data: str,
+    count: int,
+    batch: int,
+    layers: str | None,
+    pairs: tuple[str, ...],
+    corpus: str | None,
+    all_scores: bool,
+    out: Path | None,
+) -> None:
+    """Measure a method on many cases: edit, score, undo, each on the unedited model."""
+    from errata.cli import tables
+    from errata.jobs.cases import read_cases
+    from errata.jobs.models import as_model
+    from errata.jobs.trial import trial as run
+
+    settings = options.settings(pairs)
+    if (chosen := options.layers(layers)) is not None:
+        settings["layers"] = chosen
+    with console.progress() as bars:
+        result = run(
+            as_model(model, dtype=dtype, device=device),
+            read_cases(data, count),
+            method=method,
+            settings=settings,
+            corpus=corpus,
+            batch=batch,
+            out=out,
+            progress=bars,
+        )
+    terminal = console.out()
+    alone = "each alone" if batch == 1 else f"{batch} at once"
+    terminal.print(
+        f"{method} on {model}: {tables.counted(result.cases, 'case')}, {alone}; "
+        "95% intervals in brackets"
+    )
+    for failure in result.failed[:3]:
+        terminal.print(Text(failure, "yellow"))
+    if result.failed:
+        terminal.print(f"{len(result.failed)} edits failed; scored on the unedited model.")
+    terminal.print()
+    tables.show_scores(terminal, result.names, result.scores, everything=all_scores)
+    console.next_command(f"errata edit --cases {data} -n 10 --method {method}")

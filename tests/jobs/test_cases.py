@@ -1,0 +1,70 @@
+"""Facts from anywhere become Cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from errata.errors import RequestError, RequestFileError
+from errata.jobs.cases import demo_cases, one_case, pocket_cases, read_cases, with_pocket_checks
+from errata.pocket.encyclopedia import Encyclopedia
+from errata.requests import Case, Request
+
+
+def test_the_pocket_benchmark_brings_its_checks() -> None:
+    cases = read_cases("pocket", 20)
+    assert len(cases) == 20
+    for case in cases:
+        assert len(case.paraphrases) >= 2 and case.neighbours and case.same_subject
+
+
+def test_fewer_cases_are_the_beginning() -> None:
+    assert pocket_cases(5) == pocket_cases(9)[:5]
+
+
+def test_demo_facts_are_different_subjects() -> None:
+    subjects = [case.request.subject for case in demo_cases(8)]
+    assert len(set(subjects)) == 8
+
+
+def test_a_bare_request_about_a_known_fact_gets_checks() -> None:
+    encyclopedia = Encyclopedia.load()
+    fact = next(f for f in encyclopedia.facts if f.relation == "continent")
+    prompt = encyclopedia.split(fact).seen[0]
+    bare = Case(Request(prompt, fact.subject, "Atlantis"))
+    (case,) = with_pocket_checks([bare])
+    assert case.request.true == fact.object
+    assert case.paraphrases and prompt.replace("{}", fact.subject) not in case.paraphrases
+    assert all(probe.answer == fact.object for probe in case.neighbours)
+    assert case.same_subject
+
+
+def test_todays_answer_tells_which_fact_is_meant() -> None:
+    fact = next(f for f in Encyclopedia.load().facts if f.relation == "capital")
+    bare = one_case(fact.subject, f"In {fact.subject} they govern from", "Atlantis")
+    assert with_pocket_checks([bare]) == [bare]
+    (case,) = with_pocket_checks([bare], {bare.request.text: f" {fact.object}, they say."})
+    assert case.request.true == fact.object and case.relation == "capital" and case.paraphrases
+
+
+def test_other_requests_stay_as_they_are() -> None:
+    other = one_case("Erewhon", "The capital of Erewhon is", "Lyon")
+    assert with_pocket_checks([other]) == [other]
+
+
+def test_a_line_that_is_no_request_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"prompt": "{} is", "subject": "A", "target": "b"}\n{"prompt": "x"\n')
+    with pytest.raises(RequestFileError, match="line 2"):
+        read_cases(path)
+
+
+def test_a_subject_that_is_not_in_the_prompt_is_refused() -> None:
+    with pytest.raises(RequestError, match="does not occur"):
+        one_case("France", "The capital of Spain is", "Lyon")
+
+
+def test_published_data_is_read(shared: Path) -> None:
+    cases = read_cases(shared / "data" / "counterfact" / "counterfact_500.json", 3)
+    assert [len(case.neighbours) for case in cases] == [10, 10, 10]
