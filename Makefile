@@ -5,7 +5,7 @@
 # make docs   write the generated pages of docs/
 # make bench  speed and memory, as ratios measured in one run
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2

@@ -11,19 +11,7 @@ import pytest
 from benchmarks.run import main
 from benchmarks.sections import SECTIONS
 
-OPTIONS = [
-    "--requests",
-    "1",
-    "3",
-    "--cases",
-    "2",
-    "--moment-tokens",
-    "1500",
-    "--rounds",
-    "1",
-    "--serial-seconds",
-    "60",
-]
+OPTIONS = ["--requests", "1", "3", "--cases", "2", "--rounds", "1", "--moment-tokens", "1500"]
 
 
 def run(out: Path, *arguments: str) -> list[dict[str, Any]]:
