@@ -24,20 +24,7 @@ from errata.cli import console, options
 )
 @click.option("-n", "--count", type=click.IntRange(min=1), help="Only the first so many facts.")
 @options.model_option()
-@click.option("--method", default="memit", show_default=True, help="See `errata methods`.")
-@click.option("--layers", help="Blocks to edit, such as 5, 3-8 or 1,2,5.")
-@click.option(
-    "--set",
-    "pairs",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="One of the method's numbers, such as target.updates=40. May be repeated.",
-)
-@click.option(
-    "--corpus",
-    metavar="TEXT",
-    help="Ordinary text for the second moments: a file, a folder or hub:NAME.",
-)
+@options.method_options("memit")
 @click.option("--keep-going", is_flag=True, help="Leave out facts that fail; write the others.")
 @click.option(
     "--score/--no-score", default=True, show_default=True, help="Measure before and after."

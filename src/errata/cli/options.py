@@ -40,6 +40,30 @@ def model_option(default: str | None = "pocket") -> Callable[[F], F]:
     return decorate
 
 
+def method_options(default: str) -> Callable[[F], F]:
+    """`--method`, `--layers`, `--set` and `--corpus`."""
+
+    def decorate(command: F) -> F:
+        command = click.option(
+            "--corpus",
+            metavar="TEXT",
+            help="Ordinary text for the second moments: a file, a folder or hub:NAME.",
+        )(command)
+        command = click.option(
+            "--set",
+            "pairs",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="One of the method's numbers, such as target.updates=40. May be repeated.",
+        )(command)
+        command = click.option("--layers", help="Blocks to edit, such as 5, 3-8 or 1,2,5.")(command)
+        return click.option(
+            "--method", default=default, show_default=True, help="See `errata methods`."
+        )(command)
+
+    return decorate
+
+
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
     """`("layers=[1,2]", "target.updates=40")` as a mapping; values are TOML, else text."""
     found: dict[str, Any] = {}

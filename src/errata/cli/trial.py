@@ -12,7 +12,7 @@ from errata.cli import console, options
 
 @click.command(short_help="Measure a method: edit, score, undo, case by case.")
 @options.model_option()
-@click.option("--method", default="rome", show_default=True, help="See `errata methods`.")
+@options.method_options("rome")
 @click.option(
     "--data",
     default="pocket",
@@ -28,15 +28,6 @@ from errata.cli import console, options
     type=click.IntRange(min=1),
     help="Facts written at once; every batch starts from the unedited model.",
 )
-@click.option("--layers", help="Blocks to edit, such as 5, 3-8 or 1,2,5.")
-@click.option(
-    "--set",
-    "pairs",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="One of the method's numbers, such as target.updates=40. May be repeated.",
-)
-@click.option("--corpus", metavar="TEXT", help="Ordinary text for the second moments.")
 @click.option("--all-scores", is_flag=True, help="Print every score, not only the main ones.")
 @click.option("-o", "--out", type=options.FILE, help="A JSON line for each case.")
 def trial(
