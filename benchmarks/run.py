@@ -204,8 +204,8 @@ each layer, a fresh solve for each batch, as the reference repositories run it) 
 takes, both measured in the same run on the same machine.
 
 - Requests have the lengths of CounterFact's: prompts of 8 to 12 tokens, subjects of 2 to 4, at most
-  4 tokens after it; 5 random contexts of some 10 tokens beside the bare prompt. Cases have 1 + 2 +
-  10 + 10 prompts, the two paraphrases each after a sentence.
+  4 tokens after it, targets of 1 to 3; 5 contexts of some 10 tokens beside the bare prompt. Cases
+  have 1 + 2 + 10 + 10 prompts, the two paraphrases each after a sentence.
 - *difference*: the largest relative difference between the two results (of rows, by their norms).
 - *MB*: peak memory beyond what was held before: resident memory on a CPU, allocated on a GPU.
 - *over floor*: our time over the time that our multiplications take as plain matrix products at

@@ -56,6 +56,8 @@ class Bench:
     moment_tokens: int = 20_000
     cases: int = 16
     rounds: int = 3
+    found: dict[int, Targets] = field(default_factory=dict, repr=False)
+    """Our targets by number of requests, so that no section finds them again to no end."""
     _targets: Measured[list[Tensor]] | None = field(default=None, repr=False)
 
     @property
@@ -92,6 +94,7 @@ def targets(bench: Bench) -> Iterator[Row]:
         requests = s.requests[:n]
         run = measured(partial(our_targets, s, requests), bench.device)
         k = len(one_by_one.value)
+        bench.found[n] = run.value
         found = run.value.streams + run.value.deltas
         difference = off(found[:k], torch.stack(one_by_one.value[:n]))
         yield Row(
@@ -135,8 +138,8 @@ def memit(bench: Bench) -> Iterator[Row]:
     k = len(one_by_one.value)
     z = torch.stack(one_by_one.value)
     if k < n:
-        rest = our_targets(s, requests[k:])
-        z = torch.cat([z, rest.streams + rest.deltas])
+        rest = bench.found.get(n) or our_targets(s, requests)
+        z = torch.cat([z, (rest.streams + rest.deltas)[k:]])
     means = {layer: s.moments().mean(layer) for layer in layers}
     originals = {layer: weight_out_in(s.lm.mlp_out(layer)).clone() for layer in layers}
     try:

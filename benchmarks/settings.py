@@ -164,15 +164,17 @@ class Setting:
     def requests(self) -> list[Request]:
         """Facts in templates of CounterFact's lengths, one for each subject; numbered after that.
 
-        The prompt has 8 to 12 tokens, the subject 2 to 4, and at most 4 follow it (in CounterFact 3
-        words do, on average).
+        The prompt has 8 to 12 tokens, the subject 2 to 4, at most 4 follow it (in CounterFact 3
+        words do, on average), and the target has at most 3.
         """
-        book = Encyclopedia.load()
+        book, random = Encyclopedia.load(), stable_random("benchmarks")
+        objects: dict[str, list[str]] = {}
+        for fact in book.facts:
+            objects.setdefault(fact.relation, []).append(fact.object)
         found: dict[str, Request] = {}
-        for fact in stable_random("benchmarks").sample(book.facts, len(book.facts)):
-            others = (f.object for f in book.facts if f.relation == fact.relation)
-            other = next((o for o in others if o != fact.object), None)
-            if other is None or fact.subject in found:
+        for fact in random.sample(book.facts, len(book.facts)):
+            other = random.choice(objects[fact.relation])
+            if other == fact.object or fact.subject in found:
                 continue
             if len(found) == DISTINCT:
                 break
@@ -183,7 +185,8 @@ class Setting:
             for request, row in zip(asked, encode_requests(self.lm, asked), strict=True):
                 subject = row.subject_last + 1 - row.subject_first
                 after = row.prompt_length - 1 - row.subject_last
-                if 8 <= row.prompt_length <= 12 and 2 <= subject <= 4 and after <= 4:
+                short = after <= 4 and len(row.answer) <= 3
+                if short and 8 <= row.prompt_length <= 12 and 2 <= subject <= 4:
                     found[fact.subject] = request
                     break
         requests = list(found.values())
