@@ -26,7 +26,7 @@ from errata.jobs.record import Fact, RunRecord, ScoreLine
 from errata.jobs.report import save_report
 from errata.jobs.score import AFTER, BEFORE, Judged, lines, observation
 from errata.jobs.ship import changes_of
-from errata.jobs.store import check_writable
+from errata.jobs.files import check_writable
 from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
 from errata.measure.drift import drift

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errata.edits.edit import as_json
-from errata.jobs.store import write_text
+from errata.jobs.files import write_text
 from errata.measure.metrics import Estimate, reads
 
 Kind = Literal["prompt", "paraphrase", "neighbour", "same subject"]

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from errata.jobs.record import Change, Fact, RunRecord, Said, ScoreLine
-from errata.jobs.store import write_text
+from errata.jobs.files import write_text
 from errata.measure.metrics import Estimate
 
 SHAPES = (

@@ -16,7 +16,7 @@ from errata.jobs.models import Model, as_model, is_pocket
 from errata.jobs.record import RunRecord, ScoreLine
 from errata.jobs.report import save_report
 from errata.jobs.ship import changes_of, model_for
-from errata.jobs.store import check_writable
+from errata.jobs.files import check_writable
 from errata.lm.load import LanguageModel
 from errata.measure.drift import Drift, Observation, drift, observe
 from errata.measure.metrics import Estimate

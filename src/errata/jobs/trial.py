@@ -20,7 +20,7 @@ from errata.jobs.models import Model, as_model
 from errata.jobs.moments import Corpus, background_for
 from errata.jobs.record import ScoreLine
 from errata.jobs.score import AFTER, BEFORE, Judged, lines
-from errata.jobs.store import check_writable
+from errata.jobs.files import check_writable
 from errata.lm.load import LanguageModel
 from errata.measure.score import Protocol, Scores, score
 from errata.progress import Progress, silent

@@ -1,4 +1,4 @@
-"""Where results go: text files that are whole or not there, checked before a long run."""
+"""Text files that are whole or not there, checked before a long run."""
 
 from __future__ import annotations
 
