@@ -24,12 +24,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cluster import CLUSTER_SECTIONS
 from benchmarks.gpu import GPU_SECTIONS
+from benchmarks.hypernet import HYPERNET_SECTIONS
 from benchmarks.measure import Row
 from benchmarks.sections import SECTIONS, Bench
 from benchmarks.settings import SHAPES, Setting
+from benchmarks.store import STORE_SECTIONS
+from benchmarks.tracing import TRACING_SECTIONS
 from errata.errors import ModelLoadError
 
+CPU_SECTIONS = SECTIONS | TRACING_SECTIONS | HYPERNET_SECTIONS | STORE_SECTIONS | CLUSTER_SECTIONS
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEADER = (
     "what",
@@ -69,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         told = about(options)
         for section in options.section or list(
-            SECTIONS if options.device == "cpu" else GPU_SECTIONS
+            CPU_SECTIONS if options.device == "cpu" else GPU_SECTIONS
         ):
-            for row in (SECTIONS | GPU_SECTIONS)[section](bench):
+            for row in (CPU_SECTIONS | GPU_SECTIONS)[section](bench):
                 console.print(" | ".join(cells(as_record(row))))
                 measured.append(as_record(row) | told)
     console.print(table(measured))
@@ -84,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS | GPU_SECTIONS)}")
+    p.add_argument("section", nargs="*", help=f"of {', '.join(CPU_SECTIONS | GPU_SECTIONS)}")
     p.add_argument(
         "--model", nargs="+", choices=list(SHAPES), default=["random-gpt2-small", "pocket"]
     )
@@ -214,7 +219,12 @@ takes, both measured in the same run on the same machine.
   the rate measured on this machine just then, counted from shapes without padding and without
   attention's own products.
 - On one CPU thread, seconds are the process' own, so that other programs on the machine count for
-  neither side."""
+  neither side. *store* waits for the disk and goes by the clock; its serial version and its floor
+  are those of `benchmarks/store.py`.
+- *tracing-...*: serial is a full pass of the clean row and ten corrupted ones for each token and
+  layer, measured on as many places as fit and scaled; differences are of probabilities.
+- *cluster-...* goes by the clock too, starting workers included: serial is one process without
+  workers, the floor is that divided by the number of workers."""
 
 
 def _identity(record: dict[str, Any]) -> tuple[Any, ...]:

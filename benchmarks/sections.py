@@ -28,9 +28,9 @@ from benchmarks.measure import (
 )
 from benchmarks.settings import RELAXATION, Setting
 from errata.algebra.memorize import memorize
-from errata.editors import EDITORS, Background
-from errata.editors.closed_form.closed_form import ClosedForm
+from errata.editors import Background
 from errata.editors.closed_form.keys import at_subject, context_weights, subject_rows
+from errata.editors.closed_form.memit import Memit, MemitConfig
 from errata.editors.closed_form.statistics import collect
 from errata.editors.closed_form.targets import Targets, optimise_targets
 from errata.edits.weights import WeightEdit
@@ -38,7 +38,7 @@ from errata.lm.generate import complete
 from errata.lm.tokens import encode, encode_answers, encode_requests
 from errata.lm.weights import weight_out_in
 from errata.measure.score import questions, score
-from errata.requests import Request
+from errata.requests import Case, Request
 
 BATCH_TOKENS = 16384
 POCKET = ("pocket", "random-pocket")
@@ -185,10 +185,7 @@ def moments(bench: Bench) -> Iterator[Row]:
         bench.device,
         1,
     )
-    width = slow.value.shape[-1]
-    # The last block's own MLP output is not needed.
-    forward = block_products(s.lm, 0, layers[-1]) - width * s.lm.d_model
-    products = tokens * (forward + len(layers) * width**2 // 2)
+    products = tokens * moment_products(s)
     what = f"{len(layers)} layers, {tokens:,} tokens"
     yield _row(bench, "moments", what, slow, fast, products, bench.goal(4))
 
@@ -221,11 +218,7 @@ def scoring(bench: Bench) -> Iterator[Row]:
     """Probabilities of all answers of CounterFact cases."""
     s = bench.setting
     cases = s.cases[: bench.cases]
-    asked = [[q for group in questions(case).values() for q in group] for case in cases]
-    pairs = [
-        [(q.prompt, answer) for q in case for answer in (q.answer, q.rival) if answer is not None]
-        for case in asked
-    ]
+    pairs = [answers_of(case) for case in cases]
 
     def ours() -> Tensor:
         rows = score(s.lm, cases, protocols=["probability"]).rows
@@ -248,12 +241,8 @@ def scoring(bench: Bench) -> Iterator[Row]:
         bench.device,
         min(2, bench.rounds),
     )
-    flat = sorted({pair for case in pairs for pair in case})
-    encoded = encode_answers(s.lm, [p for p, _ in flat], [a for _, a in flat])
-    tokens = sum(map(len, {tuple(e.ids[:-1]) for e in encoded}))
-    scored = len({tuple(e.ids[:i]) for e in encoded for i in range(e.prompt_length, len(e.ids))})
-    products = tokens * block_products(s.lm, 0, s.lm.layers - 1) + scored * head_products(s.lm)
     what = f"{len(cases)} cases, {sum(map(len, pairs))} answers"
+    products = score_products(s, cases)
     yield _row(bench, "scoring", what, slow, fast, products, bench.goal(5, 3))
 
 
@@ -326,10 +315,9 @@ def our_edit(s: Setting, requests: Sequence[Request]) -> WeightEdit:
     return editor(s, Background(given=s.moments())).edit(s.lm, requests)
 
 
-def editor(s: Setting, background: Background) -> ClosedForm:
+def editor(s: Setting, background: Background) -> Memit:
     """MEMIT with the baseline's numbers."""
-    method = EDITORS["memit"]
-    config = method.config(
+    config = MemitConfig(
         layers=s.shape.layers,
         relaxation=RELAXATION,
         units="absolute",
@@ -338,7 +326,7 @@ def editor(s: Setting, background: Background) -> ClosedForm:
         target=s.target,
         keep_going=True,
     )
-    return method.editor(config, background)
+    return Memit(config, background)
 
 
 def key_products(s: Setting, requests: Sequence[Request], layer: int | None = None) -> int:
@@ -361,6 +349,28 @@ def target_products(s: Setting, requests: Sequence[Request]) -> int:
     return clean * block_products(s.lm, 0, s.lm.layers - 1) + steps * (
         remaining * above + scored * head_products(s.lm)
     )
+
+
+def moment_products(s: Setting) -> int:
+    """Multiplications for one token's part in the moments; the last MLP's output is not needed."""
+    layers = s.shape.moment_layers
+    d_out, d_in = weight_out_in(s.lm.mlp_out(layers[-1])).shape
+    return block_products(s.lm, 0, layers[-1]) - d_out * d_in + len(layers) * d_in**2 // 2
+
+
+def answers_of(case: Case) -> list[tuple[str, str]]:
+    """Prompts of a case, each with an answer whose probability is asked."""
+    asked = [q for group in questions(case).values() for q in group]
+    return [(q.prompt, answer) for q in asked for answer in (q.answer, q.rival) if answer]
+
+
+def score_products(s: Setting, cases: Sequence[Case]) -> int:
+    """Multiplications for probabilities: each row of tokens once, the head where it is scored."""
+    flat = sorted({pair for case in cases for pair in answers_of(case)})
+    encoded = encode_answers(s.lm, [p for p, _ in flat], [a for _, a in flat])
+    tokens = sum(map(len, {tuple(e.ids[:-1]) for e in encoded}))
+    scored = len({tuple(e.ids[:i]) for e in encoded for i in range(e.prompt_length, len(e.ids))})
+    return tokens * block_products(s.lm, 0, s.lm.layers - 1) + scored * head_products(s.lm)
 
 
 def _row(

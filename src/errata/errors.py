@@ -17,12 +17,14 @@ command line shows the message without a traceback.
     ├── SolveError            the linear system of an edit has no trustworthy solution
     ├── MomentError           second moments are missing, too thin or do not fit
     ├── TargetError           the optimisation of a target did not reach its goal
+    ├── FitError              an editor cannot be fitted, or has not been fitted yet
     ├── EditFileError         an edit file is cut short, altered or of another format
     ├── WrongModelError       an edit was made for another model
     ├── EditStateError        an edit is applied twice, or undone without being applied
     ├── DatasetError          a data set is absent or not in its published format
     ├── FactFileError         a file of facts cannot be grown into a model
     ├── GrowError             growing a model failed or cannot be resumed
+    ├── ClusterError          work cannot be spread over processes or machines
     └── StorageError          a file cannot be written: full disk, missing permission
 """
 
@@ -77,6 +79,10 @@ class TargetError(ErrataError):
     """The optimisation of one or more targets did not reach its goal."""
 
 
+class FitError(ErrataError):
+    """An editor cannot be fitted to a model, or has not been fitted yet."""
+
+
 class EditFileError(ErrataError):
     """An edit file is cut short, altered, or of another format."""
 
@@ -99,6 +105,10 @@ class FactFileError(ErrataError):
 
 class GrowError(ErrataError):
     """Growing a model failed, or a run cannot be resumed."""
+
+
+class ClusterError(ErrataError):
+    """Work cannot be spread over processes or machines."""
 
 
 class StorageError(ErrataError):

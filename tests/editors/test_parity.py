@@ -68,7 +68,9 @@ def edit(
     config: dict[str, object],
 ) -> WeightEdit:
     entry = EDITORS[method]
-    return entry.editor(entry.config.from_dict(config), background).edit(lm, requests)
+    change = entry.editor(entry.config.from_dict(config), background).edit(lm, requests)
+    assert isinstance(change, WeightEdit)
+    return change
 
 
 def off(found: Tensor, expected: Tensor) -> float:

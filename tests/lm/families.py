@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -20,7 +21,15 @@ from tokenizers import (
     trainers,
 )
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from errata.lm.anatomy import FAMILIES
 from errata.lm.load import LanguageModel
@@ -104,29 +113,96 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", _GATED | {"sliding_window": None}),
     "phi3-sliding": ("phi3", _GATED | {"sliding_window": 4}),
 }
-"""name -> model type and what its configuration says; `-sliding` has a window of a few tokens."""
+"""Decoders: name -> model type and what its configuration says; `-sliding` has a window of a few
+tokens."""
 
-assert {model_type for model_type, _ in VARIANTS.values()} == set(FAMILIES)
+_BERT = _WIDTHS | {"intermediate_size": 40}
+_ROBERTA = _BERT | {"max_position_embeddings": MAX_LENGTH + 2, "pad_token_id": 1, "eos_token_id": 2}
+_DISTILBERT = {
+    "dim": 24,
+    "hidden_dim": 40,
+    "n_layers": 4,
+    "n_heads": 4,
+    "max_position_embeddings": MAX_LENGTH,
+}
+_LABELS = {"id2label": {0: "refutes", 1: "supports", 2: "0"}}
+_T5 = {
+    "d_model": 24,
+    "d_kv": 6,
+    "d_ff": 40,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "d_model": 24,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": MAX_LENGTH,
+    "init_std": 0.2,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+
+OTHERS: dict[str, tuple[str, Any, str, dict[str, Any]]] = {
+    "bert": ("bert", AutoModelForMaskedLM, "masked", _BERT),
+    "bert-labels": ("bert", AutoModelForSequenceClassification, "masked", _BERT | _LABELS),
+    "roberta": ("roberta", AutoModelForMaskedLM, "roberta", _ROBERTA),
+    "roberta-labels": (
+        "roberta",
+        AutoModelForSequenceClassification,
+        "roberta",
+        _ROBERTA | _LABELS,
+    ),
+    "distilbert": ("distilbert", AutoModelForMaskedLM, "masked", _DISTILBERT),
+    "distilbert-labels": (
+        "distilbert",
+        AutoModelForSequenceClassification,
+        "masked",
+        _DISTILBERT | _LABELS,
+    ),
+    "t5": ("t5", AutoModelForSeq2SeqLM, "t5", _T5),
+    "t5-gated": (
+        "t5",
+        AutoModelForSeq2SeqLM,
+        "t5",
+        _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "bart": ("bart", AutoModelForSeq2SeqLM, "roberta", _BART),
+}
+"""Encoders and encoder-decoders: name -> model type, head, kind of tokenizer, configuration."""
+
+_ALL: dict[str, tuple[str, Any, str, dict[str, Any]]] = OTHERS | {
+    name: (model_type, AutoModelForCausalLM, "bytes", values)
+    for name, (model_type, values) in VARIANTS.items()
+}
+assert {model_type for model_type, *_ in _ALL.values()} == set(FAMILIES)
 
 
 def network(
     variant: str, attention: str | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """A random network whose every parameter, biases and norms included, matters."""
-    model_type, values = VARIANTS[variant]
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        initializer_range=0.2,
-        attn_implementation=attention,
-        **values,
-    )
+    model_type, auto, _, values = _ALL[variant]
+    general = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+        "attn_implementation": attention,
+    }
+    config = AutoConfig.for_model(model_type, **general | values)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -136,20 +212,24 @@ def network(
     return model
 
 
+_ROBERTA_SPECIAL = ("<pad>", "</s>", AddedToken("<mask>", lstrip=True, special=True))
+"""Its mask takes the blank before it for its own."""
+
+
 @cache
 def _trained(kind: str) -> str:
     """The tokenizer's JSON; see `tokenizer`."""
-    if kind == "wordpiece":
+    if kind in ("wordpiece", "masked"):
         made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
         trainer: Any = trainers.WordPieceTrainer(
             vocab_size=VOCABULARY,
-            special_tokens=["<s>", "[UNK]", "[CLS]", "[SEP]"],
+            special_tokens=["<s>", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
             show_progress=False,
         )
-    elif kind == "metaspace":
+    elif kind in ("metaspace", "t5"):
         made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         made.decoder = decoders.Sequence(
@@ -187,7 +267,7 @@ def _trained(kind: str) -> str:
         made.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=VOCABULARY,
-            special_tokens=["<s>"],
+            special_tokens=["<s>", *(_ROBERTA_SPECIAL if kind == "roberta" else ())],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -205,12 +285,15 @@ def _trained(kind: str) -> str:
         "metaspace": "<s> $A",
         "llama2": "<s> $A",
         "wordpiece": "[CLS] $A [SEP]",
+        "masked": "[CLS] $A [SEP]",
+        "roberta": "<s> $A </s>",
+        "t5": "$A </s>",
     }
     steps: list[Any] = []
-    if kind.startswith("bytes"):
+    if kind.startswith("bytes") or kind == "roberta":
         steps.append(processors.ByteLevel(trim_offsets="trimmed" in kind))
     if kind in around:
-        names = ("<s>", "[CLS]", "[SEP]")
+        names = ("<s>", "</s>", "[CLS]", "[SEP]")
         special = [(name, made.token_to_id(name)) for name in names if name in around[kind]]
         steps.append(processors.TemplateProcessing(single=around[kind], special_tokens=special))
     if steps:
@@ -230,7 +313,17 @@ TOKENIZERS = (
     "wordpiece",
 )
 """Byte-level BPE with BOS, EOS, both or neither and with offsets trimmed or not; two ways of
-SentencePiece; WordPiece, lower-casing."""
+SentencePiece; WordPiece, lower-casing. These are the decoders'; the others have their own."""
+
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "masked": {"mask_token": "[MASK]"},
+    "roberta": {
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "mask_token": _ROBERTA_SPECIAL[-1],
+    },
+    "t5": {"eos_token": "</s>", "pad_token": "<s>"},
+}
 
 
 def tokenizer(kind: str = "bytes", **settings: Any) -> PreTrainedTokenizerFast:
@@ -238,6 +331,7 @@ def tokenizer(kind: str = "bytes", **settings: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(kind)),
         **{"bos_token": "<s>", "eos_token": "<s>", "clean_up_tokenization_spaces": False}
+        | _SPECIAL.get(kind, {})
         | settings,
     )
 
@@ -245,15 +339,14 @@ def tokenizer(kind: str = "bytes", **settings: Any) -> PreTrainedTokenizerFast:
 def tiny_lm(
     family: str = "gpt2",
     *,
-    kind: str = "bytes",
+    kind: str | None = None,
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> LanguageModel:
     """A random language model of any variant, any kind of tokenizer; the caller may change it."""
-    return LanguageModel.of(
-        network(family, attention, dtype), tokenizer(kind, **settings), name=f"tiny-{family}"
-    )
+    made = tokenizer(kind or _ALL[family][2], **settings)
+    return LanguageModel.of(network(family, attention, dtype), made, name=f"tiny-{family}")
 
 
 def decode(lm: LanguageModel, ids: list[int]) -> str:
@@ -263,4 +356,13 @@ def decode(lm: LanguageModel, ids: list[int]) -> str:
     return text
 
 
-__all__ = ["TOKENIZERS", "VARIANTS", "VOCABULARY", "decode", "network", "tiny_lm", "tokenizer"]
+__all__ = [
+    "OTHERS",
+    "TOKENIZERS",
+    "VARIANTS",
+    "VOCABULARY",
+    "decode",
+    "network",
+    "tiny_lm",
+    "tokenizer",
+]

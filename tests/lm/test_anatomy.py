@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import BertConfig
+from transformers import BloomConfig
 
-from errata.errors import TokenizationError, UnknownFamilyError
+from errata.errors import ConfigError, TokenizationError, UnknownFamilyError
 from errata.lm.anatomy import FAMILIES, anatomy_of
-from errata.lm.forward import Paused, frozen, logits_at, pause
+from errata.lm.forward import Paused, frozen, logits_at, pause, run_until
 from errata.lm.hooks import captured, rewritten_output
 from errata.lm.load import LanguageModel
 from errata.lm.tokens import pad
 from errata.lm.weights import weight_out_in
-from tests.lm.families import VARIANTS, VOCABULARY, tiny_lm
+from tests.lm.families import OTHERS, VARIANTS, VOCABULARY, tiny_lm
 
 EAGER_ONLY = ("gpt_neo", "gptj", "gemma2")
 """Families for which transformers has no fused attention, or only when asked for."""
@@ -59,7 +59,10 @@ def leaf_states(paused: Paused) -> Tensor:
 
 
 def test_every_family_has_a_variant() -> None:
-    assert {family for family, _ in VARIANTS.values()} == set(FAMILIES)
+    decoders = {family for family, _ in VARIANTS.values()}
+    others = {family for family, *_ in OTHERS.values()}
+    assert decoders | others == set(FAMILIES)
+    assert {name for name in FAMILIES if FAMILIES[name].kind == "decoder"} == decoders
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -158,10 +161,7 @@ def test_resume_equals_the_full_pass(variant: str, attention: str, layer: int) -
 
     with frozen(lm):
         resumed = paused.resume(states, row, column)
-        if layer < 0:
-            assert_close(resumed, logits_at(lm, pad(lm, rows), row, true_column), atol=1e-5, rtol=0)
-            return
-        with rewritten_output(lm.block(layer), rewrite):
+        with rewritten_output(lm.embedding if layer < 0 else lm.block(layer), rewrite):
             full = logits_at(lm, pad(lm, rows), row, true_column)
         assert_close(resumed, full, atol=1e-5, rtol=0)
         weights = torch.randn(full.shape)
@@ -277,6 +277,132 @@ def test_frozen_thaws_again() -> None:
     assert True in before and False in before
 
 
+def run(lm: LanguageModel, ids: Tensor) -> None:
+    """A pass through all blocks, also of an encoder-decoder."""
+    answer = {"decoder_input_ids": ids} if lm.kind == "encoder-decoder" else {}
+    with torch.no_grad():
+        lm.network(input_ids=ids, **answer)
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_paths_of_encoders_and_encoder_decoders(variant: str) -> None:
+    lm = model(variant)
+    stacks = [lm.anatomy.encoder, lm.anatomy] if lm.anatomy.encoder else [lm.anatomy]
+    depths = [3, 2] if lm.anatomy.encoder else [4]
+    assert lm.kind == ("encoder-decoder" if lm.anatomy.encoder else "encoder")
+    assert (lm.layers, lm.d_model) == (sum(depths), 24)
+    places = [(stack, i) for stack, depth in zip(stacks, depths, strict=True) for i in range(depth)]
+    for layer, (stack, index) in enumerate(places):
+        assert lm.mlp_out_path(layer) == stack.mlp_out.format(index)
+        assert lm.mlp_out(layer) is lm.module(stack.mlp_out.format(index))
+        assert lm.mlp_in(layer) is lm.module(stack.mlp_in.format(index))
+        assert lm.mlp(layer) is lm.module(stack.mlp.format(index))
+        assert lm.attention(layer) is lm.module(stack.attention.format(index))
+        assert lm.block(layer) is lm.module(stack.block.format(index))
+        assert weight_out_in(lm.mlp_out(layer)).shape == (24, 40)
+        assert weight_out_in(lm.mlp_in(layer)).shape == (40, 24)
+        assert weight_out_in(lm.module(stack.attention_out.format(index))).shape == (24, 24)
+        parts = set(lm.block(layer).modules())
+        assert parts > {lm.mlp(layer), lm.mlp_in(layer), lm.mlp_out(layer), lm.attention(layer)}
+    assert len({lm.block(layer) for layer in range(lm.layers)}) == lm.layers
+    assert lm.block(-1) is lm.block(lm.layers - 1)
+    assert weight_out_in(lm.embedding).shape[0] == VOCABULARY == lm.vocabulary
+    with pytest.raises(IndexError, match=f"blocks 0 to {lm.layers - 1}"):
+        lm.mlp_out_path(lm.layers)
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_states_of_encoders_and_encoder_decoders(variant: str) -> None:
+    lm = model(variant)
+    ids = torch.randint(5, VOCABULARY, (3, 6))
+    for layer in range(lm.layers):
+        parts = {
+            "mlp_out": lm.mlp_out(layer),
+            "mlp": lm.mlp(layer),
+            "mlp_in": lm.mlp_in(layer),
+            "attention": lm.attention(layer),
+            "block": lm.block(layer),
+        }
+        with captured(parts, "both") as seen:
+            run(lm, ids)
+        for name in ("mlp_out", "mlp", "attention", "block"):
+            assert seen.outputs[name].shape == (3, 6, 24)
+        assert seen.inputs["attention"].shape == (3, 6, 24)
+        keys, out = seen.inputs["mlp_out"], lm.mlp_out(layer)
+        assert keys.shape == (3, 6, 40)
+        assert_close(out(keys), seen.outputs["mlp_out"])
+        assert_close(out(keys), seen.outputs["mlp"])
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_additive_in_encoders_and_encoder_decoders(variant: str) -> None:
+    lm = model(variant)
+    ids = torch.randint(5, VOCABULARY, (1, 6))
+    vector = torch.randn(lm.d_model)
+    for layer in range(lm.layers):
+        block = {"block": lm.block(layer)}
+        with captured(block, "output") as before:
+            run(lm, ids)
+        with (
+            captured(block, "output") as after,
+            rewritten_output(lm.mlp(layer), lambda output: output + vector),
+        ):
+            run(lm, ids)
+        shift = after.outputs["block"] - before.outputs["block"]
+        assert shift.abs().min() > 0
+        arrives = torch.allclose(shift, vector.expand_as(shift), atol=1e-5)
+        assert arrives == lm.anatomy.additive == (variant in ("t5", "t5-gated"))
+
+
+@pytest.mark.parametrize("variant", ["t5", "t5-gated", "bart"])
+def test_final_norm_feeds_the_head_of_an_encoder_decoder(variant: str) -> None:
+    lm = model(variant)
+    with captured({"last": lm.block(-1), "head": lm.head}, "both") as seen:
+        run(lm, torch.randint(5, VOCABULARY, (1, 6)))
+    states = lm.final_norm(seen.outputs["last"])
+    scale = 24**-0.5 if variant == "t5" else 1.0  # as T5's first version shrinks them
+    assert_close(states * scale, seen.inputs["head"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "length"),
+    [("bert", 64), ("roberta", 64), ("distilbert", 64), ("bart", 64), ("t5", 512)],
+)
+def test_max_length_is_what_the_model_can_read(variant: str, length: int) -> None:
+    lm = model(variant)
+    assert lm.max_length == length
+    run(lm, torch.randint(5, VOCABULARY, (1, length)))
+    if variant != "t5":  # whose positions have no end
+        with pytest.raises((IndexError, RuntimeError)):
+            run(lm, torch.randint(5, VOCABULARY, (1, length + 1)))
+
+
+def test_max_length_of_relative_positions_is_the_tokenizers() -> None:
+    assert tiny_lm("t5", model_max_length=100).max_length == 100
+
+
+def test_roberta_pads_with_the_token_that_it_does_not_count() -> None:
+    lm = tiny_lm("roberta", pad_token=None)
+    assert lm.pad_id == 1
+
+
+@pytest.mark.parametrize("variant", ["bert", "t5"])
+def test_a_decoder_can_be_required(variant: str) -> None:
+    lm = model(variant)
+    with pytest.raises(ConfigError, match=f"^ROME needs a decoder; tiny-{variant} is an encoder"):
+        lm.require_decoder("ROME")
+    with pytest.raises(ConfigError, match="needs a decoder"):
+        pause(lm, [[5, 6, 7]], [1], 0)
+    with pytest.raises(ConfigError, match="needs a decoder"):
+        run_until(lm, [[5, 6, 7]], lm.mlp_out(0))
+    model("gpt2").require_decoder("ROME")
+
+
+def test_a_classifier_has_no_head_over_tokens() -> None:
+    with pytest.raises(ConfigError, match="tiny-bert-labels chooses one of 3 labels"):
+        _ = model("bert-labels").head
+
+
 def test_unknown_family_says_how_to_add_one() -> None:
-    with pytest.raises(UnknownFamilyError, match="(?s)'bert'.*gpt2.*one entry in FAMILIES"):
-        anatomy_of(BertConfig())
+    with pytest.raises(UnknownFamilyError, match="(?s)'bloom'.*gpt2.*one entry in FAMILIES"):
+        anatomy_of(BloomConfig())

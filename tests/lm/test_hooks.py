@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from errata.errors import HookError
 from errata.lm.hooks import (
     captured,
+    computed_at,
     gathered_input,
     replaced_forward,
+    rewritten_input,
     rewritten_output,
     stopped_after,
 )
@@ -39,6 +41,7 @@ def contexts(lm: LanguageModel) -> list[Callable[[], AbstractContextManager[Any]
     return [
         lambda: captured({"x": middle, "y": lm.block(1)}, "both"),
         lambda: rewritten_output(lm.mlp(1), torch.zeros_like),
+        lambda: rewritten_input(middle, torch.zeros_like),
         lambda: stopped_after(middle),
         lambda: gathered_input(lm.head, index, index),
         lambda: replaced_forward({lm.final_norm: lambda states: states}),
@@ -61,7 +64,7 @@ def test_contexts_clean_up_after_use_and_after_exceptions(family: str) -> None:
 def test_a_layer_that_never_ran_is_told() -> None:
     lm = tiny_lm()
     with left_clean(lm):
-        for make in contexts(lm)[:4]:
+        for make in contexts(lm)[:5]:
             with pytest.raises(HookError, match=r"inside|never|did not run"), make():
                 pass
         with pytest.raises(HookError, match=r"\['late'\]"):
@@ -109,6 +112,28 @@ def test_an_inner_stop_lets_an_outer_one_pass() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_module_works_on_its_rewritten_input(family: str) -> None:
+    lm = tiny_lm(family)
+    shapes: list[torch.Size] = []
+
+    def double(states: Tensor) -> Tensor:
+        shapes.append(states.shape)
+        return 2 * states
+
+    with (
+        left_clean(lm),
+        rewritten_input(lm.mlp_out(1), double),
+        captured({0: lm.mlp_out(1)}, "both") as seen,
+    ):
+        lm.network(input_ids=IDS)
+    with captured({0: lm.mlp_out(1)}, "both") as plain:
+        lm.network(input_ids=IDS)
+    torch.testing.assert_close(seen.inputs[0], 2 * plain.inputs[0])
+    torch.testing.assert_close(seen.outputs[0], lm.mlp_out(1)(2 * plain.inputs[0]))
+    assert [shape[:2] for shape in shapes] == [IDS.shape]  # tokens never flat
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rewrites_compose_in_the_order_they_were_opened(family: str) -> None:
     lm = tiny_lm(family)
     with (
@@ -121,6 +146,24 @@ def test_rewrites_compose_in_the_order_they_were_opened(family: str) -> None:
     with captured({0: lm.mlp(1)}, "output") as plain:
         lm.network(input_ids=IDS)
     torch.testing.assert_close(seen.outputs[0], (plain.outputs[0] + 1) * 2)
+
+
+def test_computed_at_leaves_out_the_other_tokens() -> None:
+    lm = tiny_lm("llama")
+    rows, columns = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 0])
+    with captured({0: lm.mlp(1)}, "output") as plain:
+        lm.network(input_ids=IDS)
+    with (
+        left_clean(lm),
+        computed_at(lm.mlp(1), rows, columns),
+        captured({"mlp": lm.mlp(1), "inside": lm.mlp_out(1)}, "both") as seen,
+    ):
+        lm.network(input_ids=IDS)
+    assert seen.inputs["inside"].shape[:2] == (3, 1)  # no more than was asked for
+    found = seen.outputs["mlp"]
+    torch.testing.assert_close(found[rows, columns], plain.outputs[0][rows, columns])
+    found[rows, columns] = 0
+    assert found.shape[:2] == IDS.shape and not found.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import PreTrainedTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -13,7 +14,7 @@ from errata.errors import ModelLoadError, NotFiniteError, TokenizationError, Unk
 from errata.lm import load
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
-from tests.lm.families import network, tiny_lm, tokenizer
+from tests.lm.families import OTHERS, network, tiny_lm, tokenizer
 
 
 @pytest.fixture
@@ -156,6 +157,88 @@ def test_an_unknown_family_fails_before_its_weights_are_read(folder: Path) -> No
     change_config(folder, model_type="bloom")
     with pytest.raises(UnknownFamilyError, match="bloom"):
         LanguageModel.load(folder)
+
+
+def saved(variant: str, folder: Path) -> LanguageModel:
+    lm = tiny_lm(variant)
+    lm.network.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return lm
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_every_head_comes_back_as_it_was_saved(variant: str, tmp_path: Path) -> None:
+    lm = saved(variant, tmp_path)
+    loaded = LanguageModel.load(tmp_path)
+    assert type(loaded.network) is type(lm.network)
+    assert (loaded.kind, loaded.task, loaded.labels) == (lm.kind, lm.task, lm.labels)
+    if "labels" in variant:
+        assert (loaded.task, loaded.labels) == ("classify", ("refutes", "supports", "0"))
+    else:
+        task = "fill-mask" if loaded.kind == "encoder" else "generate"
+        assert (loaded.task, loaded.labels) == (task, ())
+    text = lm.tokenizer("The capital of France is Paris.", return_tensors="pt")
+    ids = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+    if lm.kind == "encoder-decoder":
+        ids["decoder_input_ids"] = ids["input_ids"]
+    with torch.no_grad():
+        assert_close(loaded.network(**ids).logits, lm.network(**ids).logits)
+    wanted_weights = lm.network.state_dict()
+    for name, weight in loaded.network.state_dict().items():
+        assert torch.equal(weight, wanted_weights[name])
+
+
+def test_an_encoder_without_a_head_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    saved("bert", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for names, told in (
+        (["BertModel"], "is called 'BertModel'"),
+        (["BertForTokenClassification"], "is called 'BertForTokenClassification'"),
+        (None, "has no 'architectures'"),
+    ):
+        change_config(tmp_path, architectures=names)
+        with pytest.raises(ModelLoadError, match="this encoder has no head.*ForMaskedLM") as caught:
+            LanguageModel.load(tmp_path)
+        assert told in str(caught.value)
+    bare: Any = tiny_lm("bert").network
+    with pytest.raises(ModelLoadError, match="this encoder has no head"):
+        LanguageModel.of(bare.bert, tokenizer("masked"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "architecture"),
+    [("gpt2", "GPT2ForSequenceClassification"), ("bart", "BartForQuestionAnswering")],
+)
+def test_other_heads_are_refused(variant: str, architecture: str, tmp_path: Path) -> None:
+    saved(variant, tmp_path)
+    change_config(tmp_path, architectures=[architecture])
+    with pytest.raises(ModelLoadError, match=f"no head that errata can ask.*{architecture}"):
+        LanguageModel.load(tmp_path)
+
+
+@pytest.mark.parametrize(("variant", "bare"), [("gpt2", "transformer"), ("bart", "model")])
+def test_a_bare_model_whose_embedding_is_its_head_loads(
+    variant: str, bare: str, tmp_path: Path
+) -> None:
+    lm = saved(variant, tmp_path)
+    getattr(lm.network, bare).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"][0].endswith("Model")
+    assert torch.equal(weight_out_in(LanguageModel.load(tmp_path).head), weight_out_in(lm.head))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"problem_type": "multi_label_classification"}, {"id2label": {"0": "score"}}]
+)
+def test_classifiers_must_choose_one_label(changes: dict[str, Any], tmp_path: Path) -> None:
+    lm = saved("bert-labels", tmp_path)
+    change_config(tmp_path, **changes)
+    if "id2label" in changes:
+        lm.network.classifier = torch.nn.Linear(24, 1)
+        lm.network.config.id2label = {0: "score"}
+        lm.network.save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match="classifiers that choose one of several labels"):
+        LanguageModel.load(tmp_path)
 
 
 def test_slow_tokenizers_are_refused() -> None:

@@ -11,20 +11,10 @@ from errata.cli import console, options
 
 
 @click.command(short_help="Make a model say facts; prove it; save it.")
-@click.argument("facts", required=False, type=options.EXISTING_FILE)
-@click.option("--subject", help="Instead of a file: whom or what the fact is about.")
-@click.option("--prompt", help="The statement up to its object, {} where the subject stands.")
-@click.option("--target", help="What the model should say next.")
-@click.option("--true", "true", help="What it says today; scores compare with it.")
-@click.option(
-    "--cases",
-    metavar="SOURCE",
-    help="Instead of FACTS: facts that bring their own checks. `pocket`, or a file in "
-    "CounterFact's or zsRE's published format.",
-)
-@click.option("-n", "--count", type=click.IntRange(min=1), help="Only the first so many facts.")
+@options.fact_options
 @options.model_option()
 @options.method_options("memit")
+@options.editor_option
 @click.option("--keep-going", is_flag=True, help="Leave out facts that fail; write the others.")
 @click.option(
     "--score/--no-score", default=True, show_default=True, help="Measure before and after."
@@ -57,6 +47,7 @@ def edit(
     layers: str | None,
     pairs: tuple[str, ...],
     corpus: str | None,
+    editor: Path | None,
     keep_going: bool,
     score: bool,
     generation: bool,
@@ -73,16 +64,11 @@ def edit(
 
     One fact can be given by hand instead, with --subject, --prompt and --target.
     """  # noqa: D301
-    by_hand = [value for value in (subject, prompt, target) if value is not None]
-    if by_hand and len(by_hand) < 3:
-        raise click.UsageError("a fact by hand needs all of --subject, --prompt and --target.")
-    if bool(facts) + bool(by_hand) + bool(cases) != 1:
-        raise click.UsageError(
-            "give the facts in one way: a file FACTS, or --subject, --prompt and --target, or "
-            "--cases."
-        )
+    by_hand = {"subject": subject, "prompt": prompt, "target": target}
+    options.check_facts(facts, cases, by_hand)
+    options.check_editor(editor, layers=layers, set=pairs, corpus=corpus, keep_going=keep_going)
     settings = options.settings(pairs)
-    if (chosen := options.layers(layers)) is not None:
+    if (chosen := options.edited_layers(layers)) is not None:
         settings["layers"] = chosen
     if keep_going:
         settings["keep_going"] = True
@@ -105,6 +91,7 @@ def edit(
             method=method,
             settings=settings,
             corpus=corpus,
+            fitted=editor,
             scored=score,
             generation=generation,
             out=out,
@@ -116,6 +103,9 @@ def edit(
     tables.show_facts(terminal, shown)
     if len(result.edit.requests) > len(shown):
         terminal.print(f"\n... and {len(result.edit.requests) - len(shown)} more in the report.")
+    if result.advice:
+        terminal.print()
+        terminal.print(result.advice, style="dim")
     terminal.print()
     for kind, (right, total) in counts(result.facts).items():
         terminal.print(f"  {right:>3} of {total:<3} {LABELS[kind]}")

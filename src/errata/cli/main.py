@@ -15,10 +15,15 @@ from errata.cli.ask import ask
 from errata.cli.demo import demo
 from errata.cli.diff import diff
 from errata.cli.edit import edit
+from errata.cli.fit import fit
 from errata.cli.grow import grow
+from errata.cli.locate import locate
 from errata.cli.methods import methods
 from errata.cli.models import models
 from errata.cli.moments import moments
+from errata.cli.report import report
+from errata.cli.results import results
+from errata.cli.run import run
 from errata.cli.score import score
 from errata.cli.show import show
 from errata.cli.trial import trial
@@ -60,10 +65,15 @@ def main(verbose: int) -> None:
 for command in (
     demo,
     edit,
+    locate,
+    fit,
     show,
     ask,
     score,
     trial,
+    run,
+    results,
+    report,
     apply,
     diff,
     moments,

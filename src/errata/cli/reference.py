@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -17,9 +18,17 @@ This page is written by `make docs` from the help of each command; a test holds 
 def reference() -> str:
     """The page as Markdown."""
     parts = [HEADER, _block("errata", main)]
-    for name, command in main.commands.items():
-        parts.append(f"## errata {name}\n\n{_block(f'errata {name}', command)}")
+    for name, command in _all(main, "errata"):
+        parts.append(f"## {name}\n\n{_block(name, command)}")
     return "\n".join(parts)
+
+
+def _all(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
+    """Every command of a group by its whole name, groups before what is in them."""
+    for name, command in group.commands.items():
+        yield f"{prefix} {name}", command
+        if isinstance(command, click.Group):
+            yield from _all(command, f"{prefix} {name}")
 
 
 def _block(name: str, command: click.Command) -> str:

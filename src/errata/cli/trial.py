@@ -13,6 +13,7 @@ from errata.cli import console, options
 @click.command(short_help="Measure a method: edit, score, undo, case by case.")
 @options.model_option()
 @options.method_options("rome")
+@options.editor_option
 @click.option(
     "--data",
     default="pocket",
@@ -41,6 +42,7 @@ def trial(
     layers: str | None,
     pairs: tuple[str, ...],
     corpus: str | None,
+    editor: Path | None,
     all_scores: bool,
     out: Path | None,
 ) -> None:
@@ -50,8 +52,9 @@ def trial(
     from errata.jobs.models import as_model
     from errata.jobs.trial import trial as run
 
+    options.check_editor(editor, layers=layers, set=pairs, corpus=corpus)
     settings = options.settings(pairs)
-    if (chosen := options.layers(layers)) is not None:
+    if (chosen := options.edited_layers(layers)) is not None:
         settings["layers"] = chosen
     with console.progress() as bars:
         result = run(
@@ -60,6 +63,7 @@ def trial(
             method=method,
             settings=settings,
             corpus=corpus,
+            fitted=editor,
             batch=batch,
             out=out,
             progress=bars,
@@ -67,13 +71,16 @@ def trial(
     terminal = console.out()
     alone = "each alone" if batch == 1 else f"{batch} at once"
     terminal.print(
-        f"{method} on {model}: {tables.counted(result.cases, 'case')}, {alone}; "
+        f"{result.method} on {model}: {tables.counted(result.cases, 'case')}, {alone}; "
         "95% intervals in brackets"
     )
+    if result.advice:
+        terminal.print(result.advice, style="dim")
     for failure in result.failed[:3]:
         terminal.print(Text(failure, "yellow"))
     if result.failed:
         terminal.print(f"{len(result.failed)} edits failed; scored on the unedited model.")
     terminal.print()
     tables.show_scores(terminal, result.names, result.scores, everything=all_scores)
-    console.next_command(f"errata edit --cases {data} -n 10 --method {method}")
+    how = f"--editor {editor}" if editor else f"--method {method}"
+    console.next_command(f"errata edit --cases {data} -n 10 {how}")

@@ -5,24 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from errata.editors.background import Background
-from errata.editors.closed_form.closed_form import ClosedForm
-from errata.editors.closed_form.config import ClosedFormConfig
 from errata.editors.closed_form.emmet import Emmet, EmmetConfig
 from errata.editors.closed_form.memit import Memit, MemitConfig
 from errata.editors.closed_form.rome import Rome, RomeConfig
-from errata.editors.editor import Config, Editor
+from errata.editors.config import Config, EditorConfig
+from errata.editors.editor import Editor
+from errata.editors.hypernet.mend import Mend, MendConfig
+from errata.editors.hypernet.salem import Salem, SalemConfig
+from errata.editors.tuning.finetune import (
+    FineTune,
+    FineTuneConfig,
+    FineTuneKL,
+    FineTuneKLConfig,
+    FineTuneLimited,
+    FineTuneLimitedConfig,
+)
+from errata.editors.tuning.neurons import KnowledgeNeurons, KnowledgeNeuronsConfig
+from errata.lm.anatomy import Kind
 
-__all__ = ["EDITORS", "Background", "Config", "Editor", "Method"]
+__all__ = ["EDITORS", "Background", "Config", "Editor", "EditorConfig", "Method"]
+
+_ALL: tuple[Kind, ...] = ("decoder", "encoder", "encoder-decoder")
 
 
 @dataclass(frozen=True)
 class Method:
     """One line of the table of methods."""
 
-    editor: type[ClosedForm]
-    config: type[ClosedFormConfig]
+    editor: type[Editor]
+    config: type[EditorConfig]
     title: str
     paper: str
+    kinds: tuple[Kind, ...] = ("decoder",)
+    """What models it edits."""
 
 
 EDITORS: dict[str, Method] = {
@@ -32,6 +47,36 @@ EDITORS: dict[str, Method] = {
     ),
     "emmet": Method(
         Emmet, EmmetConfig, "many facts at once, equality constraint", "arXiv:2403.14236"
+    ),
+    "ft": Method(
+        FineTune, FineTuneConfig, "fine-tuning of one layer's MLP", "arXiv:2202.05262", _ALL
+    ),
+    "ft-l": Method(
+        FineTuneLimited,
+        FineTuneLimitedConfig,
+        "fine-tuning, no weight moved further than a limit",
+        "arXiv:2012.00363",
+        _ALL,
+    ),
+    "ft-kl": Method(
+        FineTuneKL,
+        FineTuneKLConfig,
+        "fine-tuning that holds on to what similar texts say",
+        "arXiv:2110.11309",
+        _ALL,
+    ),
+    "kn": Method(
+        KnowledgeNeurons,
+        KnowledgeNeuronsConfig,
+        "the fact's own neurons, rewritten or erased",
+        "arXiv:2104.08696",
+        ("decoder", "encoder"),
+    ),
+    "mend": Method(
+        Mend, MendConfig, "a network learns to make edits of gradients", "arXiv:2110.11309", _ALL
+    ),
+    "salem": Method(
+        Salem, SalemConfig, "MEND's network on the salient blocks", "Findings of EACL 2024", _ALL
     ),
 }
 """Name on the command line -> editor, config, paper: the one line that a new method adds."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from errata.editors.closed_form.statistics import Moments, collect, own_text
+from errata.editors.closed_form.corpus import Corpus, own_text, read_corpus
+from errata.editors.closed_form.statistics import Moments, collect
+from errata.editors.closed_form.targets import Targets
 from errata.lm.load import LanguageModel
 from errata.progress import Progress, silent
 
@@ -30,9 +32,23 @@ class Background:
     """A folder in which moments are kept from run to run."""
     given: Moments | None = None
     """Moments that are there already; then no text is read."""
+    remember: int = 0
+    """How many sets of targets of the unedited model are kept for later edits: for studies, in
+    which methods and batch sizes share them. The weights must then change by edits alone."""
     _moments: WeakKeyDictionary[PreTrainedModel, dict[int, Moments]] = field(
         default_factory=WeakKeyDictionary, repr=False
     )
+    _targets: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Targets]] = field(
+        default_factory=WeakKeyDictionary, repr=False
+    )
+
+    def text(self, lm: LanguageModel, tokens: int) -> Corpus:
+        """The ordinary text; of a model that writes its own, about so many tokens.
+
+        Raises:
+            DatasetError: there is no such text.
+        """
+        return own_text(lm, tokens) if self.corpus is None else read_corpus(self.corpus)
 
     def moments(
         self, lm: LanguageModel, layers: Sequence[int], *, progress: Progress = silent
@@ -47,9 +63,31 @@ class Background:
             return dict.fromkeys(layers, self.given)
         known = self._moments.setdefault(lm.network, {})
         if missing := [layer for layer in layers if layer not in known]:
-            corpus = own_text(lm, self.tokens, seed=0) if self.corpus is None else self.corpus
             found = collect(
-                lm, missing, corpus, tokens=self.tokens, cache=self.cache, progress=progress
+                lm,
+                missing,
+                self.text(lm, self.tokens),
+                tokens=self.tokens,
+                cache=self.cache,
+                progress=progress,
             )
             known |= dict.fromkeys(missing, found)
         return {layer: known[layer] for layer in layers}
+
+    def targets(self, lm: LanguageModel, asked: Hashable, find: Callable[[], Targets]) -> Targets:
+        """Targets on the model as it is now: remembered if it is unedited, else found.
+
+        Args:
+            lm: the model.
+            asked: all that they depend on, beside the model.
+            find: computes them.
+        """
+        if not self.remember or lm.applied:
+            return find()
+        known = self._targets.setdefault(lm.network, {})
+        if asked not in known:
+            found = find()
+            while len(known) >= self.remember:
+                del known[next(iter(known))]  # the oldest
+            known[asked] = found
+        return known[asked]

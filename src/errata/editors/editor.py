@@ -2,67 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
+from errata.editors.background import Background
+from errata.editors.config import EditorConfig
 from errata.edits.edit import Edit
-from errata.errors import ConfigError
+from errata.errors import ConfigError, ErrataError, RequestError
 from errata.lm.load import LanguageModel
 from errata.progress import Progress, silent
 from errata.requests import Request
 
 
-class Editor(Protocol):
-    """Turns requests into an Edit. Leaves the model bit for bit as it found it."""
+class Editor(ABC):
+    """Turns requests into an Edit. Leaves the model bit for bit as it found it.
 
+    A method is a subclass; general code calls what stands here and never asks which one it is.
+    """
+
+    name: ClassVar[str]
+    """As records call the method."""
+    depth: ClassVar[tuple[float, float]]
+    """Where to edit when no layers are given: first and last block over the depth."""
+
+    def __init__(self, config: EditorConfig, background: Background) -> None:
+        """Keep the numbers and what is known of the model beside the requests.
+
+        Args:
+            config: the method's numbers.
+            background: ordinary text of the model.
+        """
+        self.config = config
+        self.background = background
+
+    def layers(self, lm: LanguageModel) -> tuple[int, ...]:
+        """The blocks to edit.
+
+        Raises:
+            ConfigError: a layer is beyond the model's depth.
+        """
+        if not self.config.layers:
+            first, last = (round(share * lm.layers) for share in self.depth)
+            return tuple(range(first, min(last, lm.layers - 1) + 1))
+        if self.config.layers[-1] >= lm.layers:
+            raise ConfigError(
+                f"{lm.name} has blocks 0 to {lm.layers - 1}, not {self.config.layers[-1]}."
+            )
+        return self.config.layers
+
+    def prepare(self, lm: LanguageModel, *, progress: Progress = silent) -> None:
+        """Take of the model, as it is now, what all later edits need.
+
+        `edit` does so by itself. Call it where the first edit may find the model changed already.
+
+        Raises:
+            ConfigError: the model and the method's numbers do not go together.
+        """
+        self.layers(lm)
+
+    @abstractmethod
     def edit(
         self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
     ) -> Edit:
         """Compute the change that makes `lm` say what the requests want.
 
-        Raises:
-            RequestError: a request cannot be carried out, or two contradict each other.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Config:
-    """A method's numbers. No module path, device or model name; unknown fields are refused."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from plain values, as a recipe or a command line gives them; tables nest.
+        The edit's notes tell, under `left out`, which requests failed while others did not.
 
         Raises:
-            ConfigError: a field is unknown or its value does not fit.
+            ConfigError: the model and the method's numbers do not go together.
+            RequestError: there is no request, or two contradict each other.
+            NotFiniteError: the model, or what was made of it, holds NaN or infinity.
+            TargetError: no request could be carried out.
         """
-        known = {field.name: field for field in fields(cls)}
-        if unknown := sorted(values.keys() - known.keys()):
-            raise ConfigError(f"{cls.__name__} has no {unknown}; it has {sorted(known)}.")
-        defaults = cls()
-        converted: dict[str, Any] = {}
-        for name, value in values.items():
-            default = getattr(defaults, name)
-            if isinstance(default, Config) and isinstance(value, Mapping):
-                # A nested table overrides single fields and keeps this method's own other defaults.
-                value = type(default).from_dict({**default.to_dict(), **value})
-            converted[name] = _tuples(value)
-        try:
-            return cls(**converted)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{cls.__name__}: {error}") from error
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` reads back."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: v.to_dict() if isinstance(v, Config) else v for name, v in values.items()}
+    def edit_each(
+        self,
+        lm: LanguageModel,
+        batches: Sequence[Sequence[Request]],
+        *,
+        progress: Progress = silent,
+    ) -> Iterator[Edit | ErrataError]:
+        """An edit of its own for each batch, as if it were the only one; in order.
 
-    def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(f"{type(self).__name__}: {message}")
+        A batch that fails gives its error instead of an edit.
 
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        Raises:
+            ConfigError: the model and the method's numbers do not go together.
+            RequestError: a batch is empty, or two requests of one contradict each other.
+        """
+        self.prepare(lm, progress=progress)
+        for batch in batches:
+            try:
+                yield self.edit(lm, batch)
+            except (ConfigError, RequestError):
+                raise
+            except ErrataError as error:
+                yield error

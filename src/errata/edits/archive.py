@@ -64,7 +64,7 @@ def write(path: Path | str, contents: Contents) -> None:
         "fields": json.dumps(contents.fields, ensure_ascii=False),
     }
     metadata["checksum"] = _checksum(metadata, tensors)
-    write_whole(path, safetensors.torch.save(tensors, metadata))
+    write_whole(path, *_ordered(safetensors.torch.save(tensors, metadata)))
 
 
 def read(path: Path | str) -> Contents:
@@ -103,8 +103,21 @@ def read(path: Path | str) -> Contents:
     return Contents(metadata.get("kind", ""), json.loads(metadata["fields"]), tensors)
 
 
-def write_whole(path: Path | str, data: bytes) -> None:
-    """Put `data` at `path`, whole or not at all.
+def _ordered(data: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file in two parts, its metadata sorted: the library's order is random.
+
+    So that equal contents give equal files, to the byte.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[8 + size :]
+
+
+def write_whole(path: Path | str, *parts: bytes | memoryview) -> None:
+    """Put some bytes at `path`, one part after another, whole or not at all.
 
     Raises:
         StorageError: the file cannot be written; what was there before is still there.
@@ -114,7 +127,8 @@ def write_whole(path: Path | str, data: bytes) -> None:
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
             with aside.open("xb") as file:
-                file.write(data)
+                for part in parts:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -124,7 +138,7 @@ def write_whole(path: Path | str, data: bytes) -> None:
     except (OSError, ValueError) as error:  # ValueError: no name to write to
         why = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"cannot write {path} ({len(data) / 1e6:.1f} MB): {why}. Nothing was "
+            f"cannot write {path} ({sum(map(len, parts)) / 1e6:.1f} MB): {why}. Nothing was "
             "changed. Free space or name another place."
         ) from error
 

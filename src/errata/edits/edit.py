@@ -194,6 +194,11 @@ class Edit(ABC):
         record = replace(self.record, scores=as_json(scores))
         return replace(self, record=record)  # type: ignore[type-var]  # every kind is a dataclass
 
+    def with_notes(self, notes: Mapping[str, Any]) -> Self:
+        """The same edit with more notes in its record."""
+        record = replace(self.record, notes={**self.record.notes, **as_json(notes)})
+        return replace(self, record=record)  # type: ignore[type-var]  # every kind is a dataclass
+
 
 def as_json(value: Any) -> Any:
     """The value in JSON's types: NaN and infinity become null, what JSON lacks becomes text."""

@@ -243,13 +243,8 @@ def _shape(lm: LanguageModel, path: str) -> tuple[int, ...]:
         return ()
     if not isinstance(getattr(module, "weight", None), Tensor):
         return ()
-    weight = weight_out_in(module)
-    if weight.is_meta:
-        raise WrongModelError(
-            f"{path} of {lm.name!r} was offloaded by its device map, so it cannot be edited; load "
-            "the model where all of its weights have room."
-        )
-    return tuple(weight.shape)
+    lm.check_editable([path])
+    return tuple(weight_out_in(module).shape)
 
 
 def _equal(a: LowRank, b: LowRank) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from errata.errors import RequestFileError
+from errata.errors import DatasetError, RequestFileError
 from errata.measure import datasets
 from errata.measure.datasets import counterfact
 from errata.measure.metrics import reads
-from errata.pocket.encyclopedia import Encyclopedia, Fact
+from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
 from errata.requests import Case, Probe, Request, read_requests
 
 POCKET = "pocket"
@@ -19,6 +19,12 @@ POCKET = "pocket"
 
 POCKET_ANY = "pocket-any-wording"
 """The same with rewrites and paraphrases in any wording, lead-ins and questions included."""
+
+POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
+    POCKET: lambda seed, count: pocket_cases(count, seed=seed),
+    POCKET_ANY: lambda seed, count: pocket_cases(count, seed=seed, any_wording=True),
+}
+"""What these names stand for: the first `count` cases that a seed draws, or all."""
 
 DEMO = (
     ("Claude Monet", "birthplace", "Vienna"),
@@ -38,16 +44,16 @@ def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
     """The first `count` cases of a source.
 
     Args:
-        source: `pocket`; a JSON file in CounterFact's or zsRE's published format; or JSON lines
-            of requests, which become cases without further prompts.
+        source: a name in `POCKET_SOURCES`; a JSON file in CounterFact's or zsRE's published
+            format; or JSON lines of requests, which become cases without further prompts.
         count: at most so many; all of them by default.
 
     Raises:
         DatasetError: the file is in no known format, or a record is malformed.
         RequestFileError: a line of a JSON-lines file is not a request.
     """
-    if str(source) in (POCKET, POCKET_ANY):
-        return pocket_cases(count, any_wording=str(source) == POCKET_ANY)
+    if str(source) in POCKET_SOURCES:
+        return POCKET_SOURCES[str(source)](0, count)
     path = Path(source)
     if not path.exists():
         raise RequestFileError(
@@ -57,6 +63,40 @@ def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
     if path.suffix == ".json":
         return datasets.read(path, count)
     return [Case(request) for request in read_requests(path)[:count]]
+
+
+def sample_cases(source: Path | str, count: int | None, seed: int) -> list[Case]:
+    """A sample of a source's cases, each with an id: the same for the same seed, each prompt once.
+
+    Of the benchmark made from our own facts the seed also draws new objects and templates. Where a
+    file has two cases with one prompt, which would contradict each other in a batch, the sample has
+    the one that was drawn first.
+
+    Raises:
+        DatasetError: there are fewer than `count` cases, or none.
+        RequestFileError: there is no such file.
+    """
+    if str(source) in POCKET_SOURCES:
+        drawn = [
+            # Numbers are of places in the sample: here a case is known by its fact.
+            replace(case, case_id=f"{case.request.subject} | {case.relation}")
+            for case in POCKET_SOURCES[str(source)](seed, None)
+        ]
+    else:
+        drawn = read_cases(source)
+        stable_random("sample", seed).shuffle(drawn)
+    different: dict[str, Case] = {}
+    for case in drawn:
+        different.setdefault(case.request.text.rstrip(), case)
+    if len(different) < (count or 1):
+        raise DatasetError(
+            f"{source} has {len(different)} cases with different prompts; {count or 1} were asked "
+            "for. Lower the count."
+        )
+    return [
+        replace(case, case_id=case.case_id or text)
+        for text, case in list(different.items())[:count]
+    ]
 
 
 def pocket_cases(

@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errata.editors.fitted import load_editor
 from errata.edits.edit import Edit
 from errata.jobs.ask import ANSWER_TOKENS, answered, facts_of
 from errata.jobs.cases import with_pocket_checks
+from errata.jobs.files import check_writable
+from errata.jobs.layers import NOTE, with_layers
 from errata.jobs.methods import editor_for
 from errata.jobs.models import Model, as_model, is_pocket
 from errata.jobs.moments import Corpus, background_for
@@ -26,7 +29,6 @@ from errata.jobs.record import Fact, RunRecord, ScoreLine
 from errata.jobs.report import save_report
 from errata.jobs.score import AFTER, BEFORE, Judged, lines, observation
 from errata.jobs.ship import changes_of
-from errata.jobs.files import check_writable
 from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
 from errata.measure.drift import drift
@@ -48,6 +50,7 @@ def edit(
     method: str = METHOD,
     settings: Mapping[str, Any] | None = None,
     corpus: Corpus = None,
+    fitted: Path | str | None = None,
     progress: Progress = silent,
 ) -> Edit:
     """Compute the change that makes a model say the facts; the model stays as it is.
@@ -57,19 +60,31 @@ def edit(
         facts: requests, or cases whose requests are meant.
         method: a name in `EDITORS`.
         settings: the method's numbers that differ from the recipe's, such as
-            `{"layers": [1, 2], "target.updates": 40}`.
+            `{"layers": [1, 2], "target.updates": 40}`; layers may be "auto:saliency" or
+            "auto:tracing" (`jobs/layers.py`), which is then told in the edit's notes.
         corpus: ordinary text for the second moments: a file or folder, or texts.
+        fitted: the file of an editor that was fitted to the model (`jobs/fit.py`), instead of
+            method, settings and corpus.
         progress: called with (stage, done, total).
 
     Raises:
         ConfigError: the method or a setting is unknown.
+        FitError: the method must be fitted first.
         RequestError: a request cannot be carried out, or two contradict each other.
         TargetError: the model could not be brought to say a target.
+        WrongModelError: the editor was fitted to another model.
     """
     lm = as_model(model)
     requests = [fact.request if isinstance(fact, Case) else fact for fact in facts]
-    editor = editor_for(lm, method, settings, background_for(lm, corpus))
-    return editor.edit(lm, requests, progress=progress)
+    if fitted is not None:
+        change: Edit = load_editor(fitted, lm).edit(lm, requests, progress=progress)
+        return change
+    background = background_for(lm, corpus)
+    values, advice = with_layers(
+        lm, requests, method, settings or {}, background, progress=progress
+    )
+    change = editor_for(lm, method, values, background).edit(lm, requests, progress=progress)
+    return change if advice is None else change.with_notes({NOTE: advice})
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ class EditRun:
     file: Path
     file_bytes: int
     report: Path | None
+    advice: str
+    """How the layers were chosen, where the facts chose them."""
     left_out: tuple[Request, ...]
     """Requests that failed, where the run was told to keep going."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -96,6 +113,7 @@ def run(
     method: str = METHOD,
     settings: Mapping[str, Any] | None = None,
     corpus: Corpus = None,
+    fitted: Path | str | None = None,
     scored: bool = True,
     generation: bool = False,
     out: Path | str = "edit.safetensors",
@@ -112,6 +130,7 @@ def run(
         method: a name in `EDITORS`.
         settings: the method's numbers that differ from the recipe's.
         corpus: ordinary text for the second moments.
+        fitted: the file of a fitted editor, instead of method, settings and corpus.
         scored: measure all scores; otherwise only look at what the model says.
         generation: also score free text.
         out: the edit file.
@@ -136,7 +155,15 @@ def run(
         today = complete(lm, texts, new_tokens=ANSWER_TOKENS)
         cases = with_pocket_checks(cases, dict(zip(texts, today, strict=True)))
     with clock("editing"):
-        change = edit(lm, cases, method=method, settings=settings, corpus=corpus, progress=progress)
+        change = edit(
+            lm,
+            cases,
+            method=method,
+            settings=settings,
+            corpus=corpus,
+            fitted=fitted,
+            progress=progress,
+        )
     written = {(r.text, r.target) for r in change.requests}
     done = [c for c in cases if (c.request.text, c.request.target) in written]
     with clock("judging"):
@@ -152,11 +179,12 @@ def run(
         file=Path(out),
         file_bytes=Path(out).stat().st_size,
         report=Path(report) if report is not None else None,
+        advice=change.record.notes.get(NOTE, {}).get("why", ""),
         left_out=tuple(c.request for c in cases if c not in done),
         seconds=clock.seconds,
     )
     if report is not None:
-        save_report(record_of(lm, result, method, title), report)
+        save_report(record_of(lm, result, change.record.method, title), report)
     return result
 
 
@@ -193,6 +221,8 @@ def record_of(lm: LanguageModel, result: EditRun, method: str, title: str = "") 
         f"Left out, because its target was not reached: {r.text} [{r.target.strip()}]"
         for r in result.left_out
     )
+    if result.advice:
+        notes = (f"Layers: {result.advice}", *notes)
     return RunRecord(
         title=title or f"{count} fact{'s' if count != 1 else ''} corrected in {lm.name}",
         model=lm.name,

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from errata.editors import EDITORS, Background, Config, Method
-from errata.editors.closed_form.closed_form import ClosedForm
+from errata.editors import EDITORS, Background, Config, Editor, EditorConfig, Method
 from errata.editors.recipes import recipe
 from errata.editors.recipes import recipes as recipes_of
 from errata.errors import ConfigError
@@ -29,7 +28,7 @@ def method_named(name: str) -> Method:
 
 def editor_for(
     lm: LanguageModel, method: str, settings: Mapping[str, Any] | None, background: Background
-) -> ClosedForm:
+) -> Editor:
     """A method's editor with the recipe for this model, if there is one, and some settings.
 
     Args:
@@ -39,11 +38,26 @@ def editor_for(
         background: ordinary text of the model.
 
     Raises:
-        ConfigError: the method or a setting is unknown, or a value does not fit.
+        ConfigError: the method or a setting is unknown, a value does not fit, or the method does
+            not edit models of this kind.
     """
     entry = method_named(method)
-    values = merged(recipe(method, lm.name) or {}, nested(settings or {}))
-    return entry.editor(entry.config.from_dict(values), background)
+    if lm.kind not in entry.kinds:
+        edits = " and ".join(f"{kind}s" for kind in entry.kinds)
+        raise ConfigError(
+            f"{method} edits {edits}; {lm.name} is an {lm.kind} ({lm.config.model_type})."
+        )
+    return entry.editor(config_for(method, lm.name, settings), background)
+
+
+def config_for(method: str, model_name: str, settings: Mapping[str, Any] | None) -> EditorConfig:
+    """A method's numbers on a model: the recipe for it, if there is one, and some settings.
+
+    Raises:
+        ConfigError: the method or a setting is unknown, or a value does not fit.
+    """
+    values = merged(recipe(method, model_name) or {}, nested(settings or {}))
+    return method_named(method).config.from_dict(values)
 
 
 def methods() -> dict[str, Method]:

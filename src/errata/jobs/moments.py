@@ -23,21 +23,26 @@ TOKENS = 100_000
 """How much text is read unless told otherwise."""
 
 
-def text_for(lm: LanguageModel, corpus: Corpus) -> Corpus:
+def text_for(model: Model, corpus: Corpus) -> Corpus:
     """The text to use: a pocket model's own statements where no text is named.
 
     None stays None for other models, which then write their own.
     """
-    if corpus == POCKET or (corpus is None and is_pocket(lm)):
+    if corpus == POCKET or (corpus is None and is_pocket(model)):
         return Encyclopedia.load().statements().splitlines()
     return corpus
 
 
 def background_for(
-    lm: LanguageModel, corpus: Corpus = None, tokens: int | None = None
+    lm: LanguageModel, corpus: Corpus = None, tokens: int | None = None, *, remember: int = 0
 ) -> Background:
-    """What a method may know of a model beside the requests; moments are kept on disk."""
-    return Background(text_for(lm, corpus), tokens or TOKENS, cache=cache_folder())
+    """What a method may know of a model beside the requests; moments are kept on disk.
+
+    `remember` sets of targets are kept in memory (see `Background`).
+    """
+    return Background(
+        text_for(lm, corpus), tokens or TOKENS, cache=cache_folder(), remember=remember
+    )
 
 
 def moments_folder() -> Path:

@@ -12,10 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from errata.jobs.record import Change, Fact, RunRecord, Said, ScoreLine
 from errata.jobs.files import write_text
+from errata.jobs.record import Change, Fact, RunRecord, Said, ScoreLine
 from errata.measure.metrics import Estimate
 
 SHAPES = (
@@ -48,11 +48,9 @@ def save_report(record: RunRecord, path: Path | str) -> tuple[Path, Path]:
 
 def render(record: RunRecord) -> str:
     """The page as text."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = (resources.files("errata.jobs") / "report.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return page(
+        "report.html",
+        version=record.versions.get("errata", ""),
         record=record,
         edited=any(said.after is not None for fact in record.facts for said in fact.said),
         hidden=record.fact_count > len(record.facts),
@@ -69,6 +67,28 @@ def render(record: RunRecord) -> str:
         tone=_tone,
         sign=_sign,
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page from a template of this folder; those that extend `page.html` share its look.
+
+    Args:
+        template: the template's file name.
+        values: what it shows; all of it is escaped unless it is `markupsafe.Markup`. `page.html`
+            itself shows `version`, errata's.
+    """
+    environment = Environment(
+        autoescape=True,
+        loader=FunctionLoader(_template),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+def _template(name: str) -> str:
+    return (resources.files("errata.jobs") / name).read_text(encoding="utf-8")
 
 
 def counts(facts: Sequence[Fact]) -> dict[str, tuple[int, int]]:

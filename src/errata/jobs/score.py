@@ -12,11 +12,11 @@ from errata.edits.file import load_edit
 from errata.edits.stack import Stack
 from errata.errors import RequestError
 from errata.jobs.cases import read_cases, with_pocket_checks
+from errata.jobs.files import check_writable
 from errata.jobs.models import Model, as_model, is_pocket
 from errata.jobs.record import RunRecord, ScoreLine
 from errata.jobs.report import save_report
 from errata.jobs.ship import changes_of, model_for
-from errata.jobs.files import check_writable
 from errata.lm.load import LanguageModel
 from errata.measure.drift import Drift, Observation, drift, observe
 from errata.measure.metrics import Estimate

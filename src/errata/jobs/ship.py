@@ -14,9 +14,9 @@ from errata.edits.file import load_edit
 from errata.edits.lora import to_lora
 from errata.edits.stack import Stack, weight_changes
 from errata.errors import ModelLoadError, StorageError
+from errata.jobs.files import make_folder
 from errata.jobs.models import Model, as_model
 from errata.jobs.record import Change
-from errata.jobs.files import make_folder
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
 from errata.progress import Progress, silent

@@ -7,21 +7,21 @@ of them, of b facts at once). A request that the method fails on is scored on th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errata.editors.closed_form.closed_form import ClosedForm
-from errata.edits.edit import Edit
-from errata.errors import RequestError, TargetError
+from errata.editors.editor import Editor
+from errata.editors.fitted import load_editor
+from errata.errors import ErrataError, RequestError
+from errata.jobs.files import check_writable
+from errata.jobs.layers import with_layers
 from errata.jobs.methods import editor_for
 from errata.jobs.models import Model, as_model
 from errata.jobs.moments import Corpus, background_for
 from errata.jobs.record import ScoreLine
 from errata.jobs.score import AFTER, BEFORE, Judged, lines
-from errata.jobs.files import check_writable
-from errata.lm.load import LanguageModel
 from errata.measure.score import Protocol, Scores, score
 from errata.progress import Progress, silent
 from errata.requests import Case
@@ -35,12 +35,15 @@ PROTOCOLS: tuple[Protocol, ...] = ("probability", "teacher-forced")
 class Trial:
     """What a method did to the cases."""
 
+    method: str
     names: tuple[str, ...]
     scores: tuple[ScoreLine, ...]
     cases: int
     batch: int
     failed: tuple[str, ...]
     """What went wrong, for each edit that could not be made."""
+    advice: str = ""
+    """How the layers were chosen, where the facts chose them."""
 
 
 def trial(
@@ -50,6 +53,7 @@ def trial(
     method: str,
     settings: Mapping[str, Any] | None = None,
     corpus: Corpus = None,
+    fitted: Path | str | None = None,
     batch: int = 1,
     out: Path | str | None = None,
     progress: Progress = silent,
@@ -60,8 +64,10 @@ def trial(
         model: the model or its name; it is left as it was.
         cases: what to write and how to check it.
         method: a name in `EDITORS`.
-        settings: the method's numbers that differ from the recipe's.
+        settings: the method's numbers that differ from the recipe's; layers may be
+            "auto:saliency" or "auto:tracing" and are then chosen once, from all cases.
         corpus: ordinary text for the second moments.
+        fitted: the file of a fitted editor, instead of method, settings and corpus.
         batch: how many facts are written at once.
         out: write a JSON line for each case, after its edit, here.
         progress: called with (stage, done, total).
@@ -76,13 +82,25 @@ def trial(
     if out is not None:
         check_writable(out)
     lm = as_model(model)
-    editor = editor_for(lm, method, settings, background_for(lm, corpus))
+    editor: Editor
+    advice = None
+    if fitted is not None:
+        editor = load_editor(fitted, lm)
+    else:
+        asked = [case.request for case in cases]
+        background = background_for(lm, corpus)
+        values, advice = with_layers(
+            lm, asked, method, settings or {}, background, progress=progress
+        )
+        editor = editor_for(lm, method, values, background)
     before = score(lm, cases, protocols=PROTOCOLS, progress=progress)
     batches = [cases[i : i + batch] for i in range(0, len(cases), batch)]
+    requests = [[case.request for case in part] for part in batches]
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
-    for part, edit in zip(batches, _edits(editor, lm, batches, progress), strict=True):
-        if isinstance(edit, TargetError):
+    edits = editor.edit_each(lm, requests, progress=progress)
+    for part, edit in zip(batches, edits, strict=True):
+        if isinstance(edit, ErrataError):
             failed.append(str(edit))
             rows += score(lm, part, protocols=PROTOCOLS).rows
         else:
@@ -93,19 +111,7 @@ def trial(
     if out is not None:
         after.to_jsonl(out)
     judged = [Judged(BEFORE, before), Judged(AFTER, after)]
-    return Trial((BEFORE, AFTER), lines(judged), len(cases), batch, tuple(failed))
-
-
-def _edits(
-    editor: ClosedForm, lm: LanguageModel, batches: Sequence[Sequence[Case]], progress: Progress
-) -> Iterator[Edit | TargetError]:
-    """An edit for each batch, or why there is none."""
-    requests = [[case.request for case in part] for part in batches]
-    if all(len(part) == 1 for part in requests):
-        yield from editor.edit_each(lm, [part[0] for part in requests], progress=progress)
-        return
-    for part in requests:
-        try:
-            yield editor.edit(lm, part)
-        except TargetError as error:
-            yield error
+    told = advice.why if advice else ""
+    return Trial(
+        editor.name, (BEFORE, AFTER), lines(judged), len(cases), batch, tuple(failed), told
+    )

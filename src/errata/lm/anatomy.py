@@ -8,15 +8,21 @@ random model.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from transformers import PretrainedConfig
 
 from errata.errors import UnknownFamilyError
 
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
+
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Module paths of one family; `{}` stands for the block's number."""
+    """Module paths of one family; `{}` stands for the block's number.
+
+    An encoder-decoder's paths are its decoder's; `encoder` has those of the stack below.
+    """
 
     block: str
     """A transformer block; its (first) output is the residual stream."""
@@ -40,6 +46,12 @@ class Anatomy:
     """Whether the MLP sees its batch as one row of tokens, (b * t, d); hooks undo it."""
     fixed_mask: bool = False
     """Whether attention's mask is a buffer of as many columns as the longest text has tokens."""
+    padded_positions: bool = False
+    """Whether a text's positions are counted from the pad token's number on."""
+    kind: Kind = "decoder"
+    """Whether tokens see what comes before them, everything, or a second text besides."""
+    encoder: Anatomy | None = None
+    """The stack that reads, in an encoder-decoder; its blocks are numbered first."""
 
 
 _LLAMA = Anatomy(
@@ -53,6 +65,29 @@ _LLAMA = Anatomy(
     final_norm="model.norm",
 )
 _GEMMA = replace(_LLAMA, additive=False)
+_T5_ENCODER = Anatomy(
+    block="encoder.block.{}",
+    mlp="encoder.block.{}.layer.1.DenseReluDense",
+    mlp_in="encoder.block.{}.layer.1.DenseReluDense.wi",
+    mlp_out="encoder.block.{}.layer.1.DenseReluDense.wo",
+    attention="encoder.block.{}.layer.0.SelfAttention",
+    attention_out="encoder.block.{}.layer.0.SelfAttention.o",
+    embedding="shared",
+    final_norm="encoder.final_layer_norm",
+    kind="encoder",
+)
+_BART_ENCODER = Anatomy(
+    block="model.encoder.layers.{}",
+    mlp="model.encoder.layers.{}.fc2",  # BART has no MLP module of its own
+    mlp_in="model.encoder.layers.{}.fc1",
+    mlp_out="model.encoder.layers.{}.fc2",
+    attention="model.encoder.layers.{}.self_attn",
+    attention_out="model.encoder.layers.{}.self_attn.out_proj",
+    embedding="model.shared",
+    final_norm="",
+    additive=False,
+    kind="encoder",
+)
 
 FAMILIES: dict[str, Anatomy] = {
     "gpt2": Anatomy(
@@ -114,6 +149,68 @@ FAMILIES: dict[str, Anatomy] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "phi3": replace(_LLAMA, mlp_in="model.layers.{}.mlp.gate_up_proj"),
+    "bert": Anatomy(
+        block="bert.encoder.layer.{}",
+        mlp="bert.encoder.layer.{}.output.dense",  # its half blocks end in a norm over the sum
+        mlp_in="bert.encoder.layer.{}.intermediate.dense",
+        mlp_out="bert.encoder.layer.{}.output.dense",
+        attention="bert.encoder.layer.{}.attention.output.dense",
+        attention_out="bert.encoder.layer.{}.attention.output.dense",
+        embedding="bert.embeddings.word_embeddings",
+        final_norm="",
+        additive=False,
+        kind="encoder",
+    ),
+    "roberta": Anatomy(
+        block="roberta.encoder.layer.{}",
+        mlp="roberta.encoder.layer.{}.output.dense",
+        mlp_in="roberta.encoder.layer.{}.intermediate.dense",
+        mlp_out="roberta.encoder.layer.{}.output.dense",
+        attention="roberta.encoder.layer.{}.attention.output.dense",
+        attention_out="roberta.encoder.layer.{}.attention.output.dense",
+        embedding="roberta.embeddings.word_embeddings",
+        final_norm="",
+        additive=False,
+        padded_positions=True,
+        kind="encoder",
+    ),
+    "distilbert": Anatomy(
+        block="distilbert.transformer.layer.{}",
+        mlp="distilbert.transformer.layer.{}.ffn",
+        mlp_in="distilbert.transformer.layer.{}.ffn.lin1",
+        mlp_out="distilbert.transformer.layer.{}.ffn.lin2",
+        attention="distilbert.transformer.layer.{}.attention",
+        attention_out="distilbert.transformer.layer.{}.attention.out_lin",
+        embedding="distilbert.embeddings.word_embeddings",
+        final_norm="",
+        additive=False,
+        kind="encoder",
+    ),
+    "t5": Anatomy(
+        block="decoder.block.{}",
+        mlp="decoder.block.{}.layer.2.DenseReluDense",  # layer 1 looks at the encoder
+        mlp_in="decoder.block.{}.layer.2.DenseReluDense.wi",
+        mlp_out="decoder.block.{}.layer.2.DenseReluDense.wo",
+        attention="decoder.block.{}.layer.0.SelfAttention",
+        attention_out="decoder.block.{}.layer.0.SelfAttention.o",
+        embedding="shared",
+        final_norm="decoder.final_layer_norm",
+        kind="encoder-decoder",
+        encoder=_T5_ENCODER,
+    ),
+    "bart": Anatomy(
+        block="model.decoder.layers.{}",
+        mlp="model.decoder.layers.{}.fc2",
+        mlp_in="model.decoder.layers.{}.fc1",
+        mlp_out="model.decoder.layers.{}.fc2",
+        attention="model.decoder.layers.{}.self_attn",
+        attention_out="model.decoder.layers.{}.self_attn.out_proj",
+        embedding="model.shared",
+        final_norm="",
+        additive=False,
+        kind="encoder-decoder",
+        encoder=_BART_ENCODER,
+    ),
 }
 
 
@@ -136,4 +233,8 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
         return replace(anatomy, additive=False, final_norm="")
     if getattr(config, "_remove_final_layer_norm", False):
         return replace(anatomy, final_norm="")
+    if getattr(config, "is_gated_act", False):  # T5 since version 1.1
+        assert anatomy.encoder is not None
+        encoder = replace(anatomy.encoder, mlp_in=anatomy.encoder.mlp_in + "_1")
+        return replace(anatomy, mlp_in=anatomy.mlp_in + "_1", encoder=encoder)
     return anatomy

@@ -1,15 +1,15 @@
 """Forward passes that compute only what is needed, in any family, through its own forward.
 
 `logits_at` computes logits only where they are scored, `run_until` what rows begin with only once.
-`pause` runs a clean pass once; `resume`
-then recomputes, as often as wanted, only the tokens from a given position on in the blocks above
-a given one: the blocks below stand aside, the tokens before are a key-value cache.
+`record` runs a pass once and `Recorded.paused` stops it where one likes; `resume` then recomputes,
+as often as wanted, only the tokens from a given position on in the blocks above a given one: the
+blocks below stand aside, the tokens before are a key-value cache. `pause` is both for one place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,23 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from errata.errors import TokenizationError
-from errata.lm.hooks import captured, first, gathered_input, replaced_forward, stopped_after
+from errata.lm.hooks import (
+    captured,
+    computed_at,
+    gathered_input,
+    replaced_forward,
+    stopped_after,
+)
 from errata.lm.load import LanguageModel
 from errata.lm.tokens import Batch, pad
 
 
 def logits_at(lm: LanguageModel, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-    """Logits (m, vocab) at m positions (row, column) of a right-padded batch."""
+    """Logits (m, vocab) at m positions (row, column) of a right-padded batch.
+
+    An encoder-decoder has no logits there: its answer is a text of its own (see `loss`).
+    """
+    assert lm.kind != "encoder-decoder"
     with gathered_input(lm.head, rows, columns):
         logits = lm.network(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     assert isinstance(logits, Tensor)
@@ -38,7 +48,11 @@ def run_until(lm: LanguageModel, rows: Sequence[Sequence[int]], module: nn.Modul
     Returns:
         How many leading tokens the last pass left out, as its rows share them; at least one token
         of each row is run. Column c of what hooks see is token c + that number.
+
+    Raises:
+        ConfigError: the model is not a decoder: what a row begins with depends on all of it.
     """
+    lm.require_decoder("running shared beginnings once")
     shared = min(map(len, rows)) - 1 if len(rows) > 1 else 0
     while any(row[:shared] != rows[0][:shared] for row in rows):
         shared -= 1
@@ -81,16 +95,16 @@ def frozen(lm: LanguageModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Paused:
-    """A clean pass over n rows, stopped after block `layer`, each row at its own token.
+    """A pass over n rows, stopped after block `layer`, each row at its own token.
 
-    `layer` is -1 for a pass that was stopped before the first block.
+    `layer` is -1 for a pass that was stopped before the first block, after the embedding.
     """
 
     lm: LanguageModel
     layer: int
     states: Tensor
-    """(n, r, d_model) what block `layer` returns for the remaining tokens; zeros where padded.
-    If `layer` is -1, what block 0 returns, for its shape alone."""
+    """(n, r, width) what block `layer` (-1: the embedding) returns for the remaining tokens; zeros
+    where padded."""
     lengths: Tensor
     """(n,) how many tokens remain in each row."""
     ids: Tensor
@@ -110,7 +124,7 @@ class Paused:
         attention sees only a window of the last tokens.
 
         Args:
-            states: (n, r, d_model) what block `layer` shall return; ignored if `layer` is -1.
+            states: (n, r, width) what block `layer` (-1: the embedding) shall return.
             rows: (m,) indices into the (selected) rows.
             columns: (m,) positions among the remaining tokens, 0 being the first.
             select: (k,) only these rows are run; `states` then has k rows.
@@ -119,8 +133,8 @@ class Paused:
         def pick(tensor: Tensor) -> Tensor:
             return tensor if select is None else tensor[select.to(tensor.device)]
 
-        cache = DynamicCache()
-        for index in range(self.lm.layers):
+        lm, cache = self.lm, DynamicCache()
+        for index in range(lm.layers):
             # Blocks that stand aside never look at their keys, but the cache's length is read off
             # the first of them: a sliver of the right length will do.
             above = index - self.layer - 1
@@ -129,8 +143,10 @@ class Paused:
                 if above < 0:
                     keys, values = keys[:, :1, :, :1], values[:, :1, :, :1]
                 cache.update(keys, values, index)
-        with self._standing_aside(states), gathered_input(self.lm.head, rows, columns):
-            logits = self.lm.network(
+        # Nothing reads what the last block's MLP says of other tokens.
+        top = nullcontext() if lm.anatomy.flat_mlp else computed_at(lm.mlp(-1), rows, columns)
+        with self._standing_aside(states), top, gathered_input(lm.head, rows, columns):
+            logits = lm.network(
                 input_ids=pick(self.ids),
                 attention_mask=pick(self.mask),
                 position_ids=pick(self.positions),
@@ -151,11 +167,123 @@ class Paused:
         }
         if self.layer >= 0:
             forwards[self.lm.block(self.layer)] = lambda hidden, *_, **__: give(states.to(hidden))
+        else:
+            forwards[self.lm.embedding] = lambda *_, **__: states
         with replaced_forward(forwards):
             yield
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A pass over n rows with all it takes to go on from any token of any of them."""
+
+    lm: LanguageModel
+    batch: Batch
+    lengths: Tensor
+    """(n,) tokens of each row, on the CPU."""
+    states: dict[int, Tensor]
+    """(n, t, width) what the recorded blocks (-1: the embedding) returned."""
+    keys: list[Tensor]
+    """(n, heads, t, size), for each block."""
+    values: list[Tensor]
+    block_returns: int
+    """0 if the family's blocks return a tensor, otherwise the length of their tuple."""
+
+    def paused(
+        self, starts: Sequence[int], layer: int, rows: Sequence[int] | None = None
+    ) -> Paused:
+        """The pass as it was after block `layer`, each row at its token.
+
+        Args:
+            starts: the first token to be recomputed later, of each of `rows`.
+            layer: a recorded block, whose output is given anew at each `resume`; -1 to run all.
+            rows: which rows to go on with, any of them as often as wanted; by default all.
+
+        Raises:
+            TokenizationError: the rows do not fit side by side (GPT-Neo alone, near its length).
+        """
+        chosen = torch.arange(len(self.lengths)) if rows is None else torch.tensor(list(rows))
+        lengths, start = self.lengths[chosen], torch.tensor(list(starts))
+        assert ((start >= 0) & (start < lengths)).all()
+        width, past = int((lengths - start).max()), int(start.max())
+        lm = self.lm
+        if lm.anatomy.fixed_mask and past + width > lm.max_length:
+            raise TokenizationError(
+                f"{past} tokens before the subject in one text and {width} from it on in another "
+                f"do not fit side by side into the {lm.max_length} that {lm.name} reads. Shorten "
+                "the texts, or edit them one by one."
+            )
+        ahead = start[:, None] + torch.arange(width)
+        behind = start[:, None] + torch.arange(past) - past
+        real_ahead, real_behind = ahead < lengths[:, None], behind >= 0
+        ahead, behind = ahead.clamp(max=self.batch.ids.shape[1] - 1), behind.clamp(min=0)
+        device, row = self.batch.ids.device, chosen[:, None]
+
+        def gathered(tensor: Tensor) -> Tensor:
+            """(n, heads, t, size) -> (m, heads, past, size), each row's past at the right edge."""
+            there = tensor.device
+            return tensor.transpose(1, 2)[row.to(there), behind.to(there)].transpose(1, 2)
+
+        states = self.states[layer]
+        states = states[row.to(states.device), ahead.to(states.device)]
+        return Paused(
+            lm=lm,
+            layer=layer,
+            states=states * real_ahead[..., None].to(states),
+            lengths=(lengths - start).to(device),
+            ids=self.batch.ids[row.to(device), ahead.to(device)],
+            mask=torch.cat([real_behind, real_ahead], dim=1).long().to(device),
+            positions=ahead.clamp(max=lm.max_length - 1).to(device),
+            keys=[gathered(keys) for keys in self.keys[layer + 1 :]],
+            values=[gathered(values) for values in self.values[layer + 1 :]],
+            block_returns=self.block_returns,
+        )
+
+
 @torch.no_grad()
+def record(lm: LanguageModel, rows: Sequence[Sequence[int]], layers: Iterable[int]) -> Recorded:
+    """One pass over n rows of token ids; keep the outputs of `layers` and all keys and values.
+
+    Args:
+        lm: the model; what hooks do to the pass is recorded with it.
+        rows: n rows of token ids.
+        layers: blocks after which the pass may be taken up; -1 is the embedding.
+
+    Raises:
+        ConfigError: the model is not a decoder.
+    """
+    lm.require_decoder("recomputing the tokens after a place")
+    batch = pad(lm, rows)
+    cache = DynamicCache()
+    returns: list[int] = []
+    note = lm.block(0).register_forward_hook(
+        lambda _module, _args, output: returns.append(
+            len(output) if isinstance(output, tuple) else 0
+        )
+    )
+    watched = {layer: lm.block(layer) if layer >= 0 else lm.embedding for layer in layers}
+    try:
+        with captured(watched, "output") as seen, stopped_after(lm.block(-1)):
+            lm.network(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+    finally:
+        note.remove()
+    entries: list[Any] = list(cache.layers)
+    return Recorded(
+        lm=lm,
+        batch=batch,
+        lengths=torch.tensor([len(row) for row in rows]),
+        states=seen.outputs,
+        keys=[entry.keys for entry in entries],
+        values=[entry.values for entry in entries],
+        block_returns=returns[-1],
+    )
+
+
 def pause(
     lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int], layer: int
 ) -> Paused:
@@ -169,59 +297,7 @@ def pause(
 
     Raises:
         TokenizationError: the rows do not fit side by side (GPT-Neo alone, near its length).
+        ConfigError: the model is not a decoder.
     """
     assert -1 <= layer < lm.layers
-    assert all(0 <= start < len(row) for row, start in zip(rows, starts, strict=True))
-    lengths, start = torch.tensor([len(row) for row in rows]), torch.tensor(list(starts))
-    width, past = int((lengths - start).max()), int(start.max())
-    if lm.anatomy.fixed_mask and past + width > lm.max_length:
-        raise TokenizationError(
-            f"{past} tokens before the subject in one text and {width} from it on in another do "
-            f"not fit side by side into the {lm.max_length} that {lm.name} reads. Shorten the "
-            "texts, or edit them one by one."
-        )
-    batch = pad(lm, rows)
-    cache = DynamicCache()
-    returns: list[int] = []
-    watched = lm.block(max(layer, 0))
-    note = watched.register_forward_hook(
-        lambda _module, _args, output: returns.append(
-            len(output) if isinstance(output, tuple) else 0
-        )
-    )
-    try:
-        with captured({"block": watched}, "output") as seen, stopped_after(lm.block(-1)):
-            lm.network(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                past_key_values=cache,
-                use_cache=True,
-            )
-    finally:
-        note.remove()
-    ahead = start[:, None] + torch.arange(width)
-    behind = start[:, None] + torch.arange(past) - past
-    real_ahead, real_behind = ahead < lengths[:, None], behind >= 0
-    ahead, behind = ahead.clamp(max=batch.ids.shape[1] - 1), behind.clamp(min=0)
-    device = batch.ids.device
-
-    def gathered(tensor: Tensor) -> Tensor:
-        """(n, heads, t, size) -> (n, heads, past, size), each row's past at the right edge."""
-        index = behind.to(tensor.device)[:, None, :, None]
-        return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
-
-    upper: list[Any] = cache.layers[layer + 1 :]
-    block = first(seen.outputs["block"])
-    rows_index = torch.arange(len(rows))[:, None]
-    return Paused(
-        lm=lm,
-        layer=layer,
-        states=block[rows_index, ahead] * real_ahead[..., None].to(block),
-        lengths=(lengths - start).to(device),
-        ids=batch.ids.gather(1, ahead.to(device)),
-        mask=torch.cat([real_behind, real_ahead], dim=1).long().to(device),
-        positions=ahead.clamp(max=lm.max_length - 1).to(device),
-        keys=[gathered(entry.keys) for entry in upper],
-        values=[gathered(entry.values) for entry in upper],
-        block_returns=returns[-1],
-    )
+    return record(lm, rows, [layer]).paused(starts, layer)

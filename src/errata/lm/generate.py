@@ -1,8 +1,9 @@
-"""Seeded text from a model: continuations and the random prefixes of ROME and MEMIT."""
+"""Text from a model: continuations, answers, and the random prefixes of ROME and MEMIT."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,9 @@ def complete(
     Raises:
         TokenizationError: a prompt has no token, or fills the model's whole length.
         NotFiniteError: the model's weights, or an edit on them, hold NaN.
+        ConfigError: the model is not a decoder.
     """
+    lm.require_decoder("going on from a text")
     rows = encode(lm, prompts)
     texts = [""] * len(rows)
     for index, row in enumerate(rows):
@@ -69,6 +72,41 @@ def complete(
         for i, ids in zip(group, written, strict=True):
             texts[i] = _decoded(lm, rows[i], ids)
     return texts
+
+
+@torch.no_grad()
+def reply(lm: LanguageModel, rows: Sequence[Sequence[int]], *, new_tokens: int) -> list[str]:
+    """What an encoder-decoder answers to rows of token ids, the likeliest token each time.
+
+    As in `complete`, the model alone decides.
+
+    Raises:
+        NotFiniteError: the model's weights, or an edit on them, hold NaN.
+    """
+    assert lm.kind == "encoder-decoder"
+    network: Any = lm.network
+    batch, ends = pad(lm, rows), _ends(lm)
+    read = network.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask)
+    ids = batch.ids.new_full((len(rows), 1), lm.config.decoder_start_token_id)
+    text, cache = ids[:, 1:], None
+    going = torch.ones(len(rows), dtype=torch.bool, device=lm.device)
+    while going.any() and text.shape[1] < min(new_tokens, lm.max_length):
+        said = network(
+            encoder_outputs=read,
+            attention_mask=batch.mask,
+            decoder_input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits, cache = said.logits[:, -1].to(lm.device), said.past_key_values
+        _check(lm, logits)
+        ids = logits.argmax(dim=1, keepdim=True)
+        text = torch.cat([text, ids], dim=1)
+        going = going & ~torch.isin(ids[:, 0], ends)
+    stops = set(ends.tolist())
+    return lm.tokenizer.batch_decode(
+        [_until(ids, stops) for ids in text.tolist()], skip_special_tokens=True
+    )
 
 
 def random_prefixes(lm: LanguageModel, *, count: int, length: int, seed: int) -> list[str]:
@@ -118,11 +156,7 @@ def _write(
                 past_key_values=cache,
                 use_cache=True,
             ).logits.to(device)
-        if logits.isnan().any():
-            raise NotFiniteError(
-                f"{lm.name} gives probabilities that are not finite: its weights, or an edit on "
-                "them, hold NaN or infinity, or its dtype overflows (try float32 or bfloat16)."
-            )
+        _check(lm, logits)
         ids = _chosen(logits, top_k, generator)
         place = text.shape[1]
         asked = lengths > place
@@ -132,9 +166,21 @@ def _write(
         going = going & (asked | ~torch.isin(ids[:, 0], ends)) & (limit > place + 1)
     written = []
     for row, whole, most in zip(rows, text.tolist(), limits, strict=True):
-        new = whole[len(row) : most]
-        written.append(new[: next((i for i, id_ in enumerate(new) if id_ in stops), None)])
+        written.append(_until(whole[len(row) : most], stops))
     return written
+
+
+def _check(lm: LanguageModel, logits: Tensor) -> None:
+    if logits.isnan().any():
+        raise NotFiniteError(
+            f"{lm.name} gives probabilities that are not finite: its weights, or an edit on "
+            "them, hold NaN or infinity, or its dtype overflows (try float32 or bfloat16)."
+        )
+
+
+def _until(ids: list[int], stops: Collection[int]) -> list[int]:
+    """What stands before the first token that ends a text."""
+    return ids[: next((i for i, id_ in enumerate(ids) if id_ in stops), None)]
 
 
 def _chosen(logits: Tensor, top_k: int, generator: torch.Generator) -> Tensor:

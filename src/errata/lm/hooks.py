@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from errata.errors import HookError
 
@@ -101,6 +102,34 @@ def rewritten_output(module: nn.Module, rewrite: Callable[[Tensor], Tensor]) -> 
 
 
 @contextmanager
+def rewritten_input(module: nn.Module, rewrite: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While open, `module` works on `rewrite(input)`.
+
+    Raises:
+        HookError: the module never ran.
+    """
+    runs = 0
+    handles: list[RemovableHandle] = []
+    shapes = _true_shapes(module, handles)
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal runs
+        runs += 1
+        states = first(args)
+        new = rewrite(_shaped(states, shapes[-1] if shapes else None))
+        return (new.reshape(states.shape), *args[1:])
+
+    handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not runs:
+        raise HookError(f"{type(module).__name__} did not run inside rewritten_input().")
+
+
+@contextmanager
 def stopped_after(module: nn.Module) -> Iterator[None]:
     """Run a forward pass only as far as `module`; what comes after it is not computed.
 
@@ -168,24 +197,33 @@ def replaced_forward(modules: Mapping[nn.Module, Callable[..., Any]]) -> Iterato
                 module.__dict__["forward"] = forward
 
 
+@contextmanager
+def computed_at(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """While open, `module` computes only the tokens at (rows, columns) and returns 0 for others.
+
+    For a module that takes tokens one by one, where what it says of the others is not needed.
+    """
+    compute = module.forward
+
+    def forward(states: Tensor) -> Tensor:
+        at = rows.to(states.device), columns.to(states.device)
+        part: Tensor = compute(states[at][:, None])[:, 0]
+        return part.new_zeros(*states.shape[:2], part.shape[1]).index_put(at, part)
+
+    with replaced_forward({module: forward}):
+        yield
+
+
 _Hook = Callable[[tuple[Any, ...], Any, torch.Size | None], Any]
 """Called with a module's inputs, its output and, if it sees tokens flat, their true (b, t)."""
 
 
 @contextmanager
 def _hooks(hooks: Iterable[tuple[nn.Module, _Hook]]) -> Iterator[None]:
-    handles = []
+    handles: list[RemovableHandle] = []
 
     def attach(module: nn.Module, hook: _Hook) -> None:
-        shapes: list[torch.Size] = []
-        block = module.__dict__.get(_FLAT_IN)
-        if block is not None:
-            handles.append(
-                block.register_forward_pre_hook(
-                    lambda _block, args, kwargs: shapes.append(_inputs(args, kwargs)[0].shape[:2]),
-                    with_kwargs=True,
-                )
-            )
+        shapes = _true_shapes(module, handles)
         handles.append(
             module.register_forward_hook(
                 lambda _module, args, kwargs, output: hook(
@@ -202,6 +240,20 @@ def _hooks(hooks: Iterable[tuple[nn.Module, _Hook]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _true_shapes(module: nn.Module, handles: list[RemovableHandle]) -> list[torch.Size]:
+    """Where the (b, t) of each run will stand if `module` sees tokens flat; else it stays empty."""
+    shapes: list[torch.Size] = []
+    block = module.__dict__.get(_FLAT_IN)
+    if block is not None:
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda _block, args, kwargs: shapes.append(_inputs(args, kwargs)[0].shape[:2]),
+                with_kwargs=True,
+            )
+        )
+    return shapes
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -13,17 +12,30 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
-from errata.errors import ErrataError, ModelLoadError, NotFiniteError, TokenizationError
-from errata.lm.anatomy import Anatomy, anatomy_of
+from errata.errors import (
+    ConfigError,
+    ErrataError,
+    ModelLoadError,
+    NotFiniteError,
+    TokenizationError,
+)
+from errata.lm.anatomy import Anatomy, Kind, anatomy_of
+from errata.lm.heads import Task, head_of, labels_of
 from errata.lm.hooks import mark_flat
+from errata.lm.quiet import no_weights_bar
+from errata.lm.weights import check_whole
+
+_SENSIBLE = 100_000
+"""Tokenizers that know no limit name one beyond all sense."""
+_RELATIVE_LENGTH = 512
+"""Tokens that a model with relative positions is given if its tokenizer knows no limit: T5's own
+length in training."""
 
 POCKET = ("pocket", "pocket-llama")
 """The models that come with errata."""
@@ -36,15 +48,20 @@ def pocket_folder(name: str) -> Path:
 
 @dataclass(eq=False)
 class LanguageModel:
-    """A causal language model that errata can look into and edit.
+    """A language model that errata can look into and edit.
 
-    Make one with `load` (a name or folder) or `of` (objects already in memory).
+    Make one with `load` (a name or folder) or `of` (objects already in memory). Blocks are numbered
+    through: in an encoder-decoder its encoder's, then its decoder's.
     """
 
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
     name: str
+    task: Task = "generate"
+    """What its head does: continue or write a text, fill in masked tokens, or choose a label."""
+    labels: tuple[str, ...] = ()
+    """What a classifier chooses from, in the order of its logits."""
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Weights as loaded of every matrix that edits have changed, by module path."""
     applied: list[Any] = field(default_factory=list, repr=False)
@@ -69,7 +86,8 @@ class LanguageModel:
             device_map: instead of `device`, a placement as transformers understands it.
 
         Raises:
-            ModelLoadError: there is no such model, it is incomplete, or it needs remote code.
+            ModelLoadError: there is no such model, it is incomplete, it needs remote code, or it
+                ends in no head that errata knows.
             UnknownFamilyError: errata has no anatomy for its type.
         """
         source = str(name)
@@ -90,10 +108,11 @@ class LanguageModel:
         where: Any = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
         try:
             config = AutoConfig.from_pretrained(source, **where)
-            anatomy_of(config)  # an unknown family fails before gigabytes are read
+            # An unknown family or head fails before gigabytes are read.
+            head = head_of(anatomy_of(config).kind, config.architectures or [])
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
-            with _no_weights_bar():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+            with no_weights_bar():
+                loaded: Any = head.auto.from_pretrained(
                     source,
                     config=config,
                     dtype=dtype,
@@ -119,7 +138,13 @@ class LanguageModel:
                 "  Give 'pocket', 'pocket-llama', a folder with config.json, tokenizer files and "
                 "safetensors weights, or a Hub name (needs a network)."
             ) from error
-        return cls.of(network, tokenizer, name=str(name))
+        lm = cls.of(network, tokenizer, name=str(name))
+        if lm._embedded.is_meta:
+            raise ModelLoadError(
+                f"the device map offloads the token embedding of {str(name)!r}, where tokens go "
+                "in; put it on a device."
+            )
+        return lm
 
     @classmethod
     def of(
@@ -130,6 +155,7 @@ class LanguageModel:
         Raises:
             TokenizationError: the tokenizer gives no character offsets (it is not a fast one).
             UnknownFamilyError: errata has no anatomy for the network's type.
+            ModelLoadError: it is an encoder without a head that errata knows.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizationError(
@@ -139,7 +165,11 @@ class LanguageModel:
             )
         network.eval()
         anatomy = anatomy_of(network.config)
-        lm = cls(network, tokenizer, anatomy, name or str(network.config.name_or_path))
+        names = [one.__name__ for one in type(network).__mro__]
+        task = head_of(anatomy.kind, names).task
+        labels = labels_of(network.config) if task == "classify" else ()
+        name = name or str(network.config.name_or_path)
+        lm = cls(network, tokenizer, anatomy, name, task, labels)
         if anatomy.flat_mlp:
             for layer in range(lm.layers):
                 for module in (lm.mlp(layer), lm.mlp_in(layer), lm.mlp_out(layer)):
@@ -152,9 +182,14 @@ class LanguageModel:
         return self.network.config
 
     @property
+    def kind(self) -> Kind:
+        """Whether it continues a text, reads it in both directions, or answers it with another."""
+        return self.anatomy.kind
+
+    @property
     def layers(self) -> int:
-        """How many blocks there are."""
-        return int(self.config.num_hidden_layers)
+        """How many blocks there are, an encoder-decoder's encoder included."""
+        return self._below + self._depth(self.anatomy)
 
     @property
     def d_model(self) -> int:
@@ -164,7 +199,13 @@ class LanguageModel:
     @property
     def max_length(self) -> int:
         """The longest text, in tokens."""
-        return int(self.config.max_position_embeddings)
+        length = getattr(self.config, "max_position_embeddings", None)
+        if length is None:  # positions are relative: there is no end to them
+            length = self.tokenizer.model_max_length
+            return int(length) if length <= _SENSIBLE else _RELATIVE_LENGTH
+        if self.anatomy.padded_positions:
+            return int(length - self.config.pad_token_id - 1)
+        return int(length)
 
     @property
     def device(self) -> torch.device:
@@ -184,6 +225,8 @@ class LanguageModel:
     @property
     def pad_id(self) -> int:
         """A token for the places that a mask hides."""
+        if self.anatomy.padded_positions:  # the network counts what is not this very token
+            return int(self.config.pad_token_id)
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None and token < self.vocabulary:  # some pads were never embedded
                 return int(token)
@@ -195,27 +238,41 @@ class LanguageModel:
 
     def block(self, layer: int) -> nn.Module:
         """Block `layer` (0-based; negative numbers count from the end)."""
-        return self.module(self.anatomy.block.format(self._index(layer)))
+        anatomy, index = self._place(layer)
+        return self.module(anatomy.block.format(index))
 
     def mlp(self, layer: int) -> nn.Module:
         """The module whose output is block `layer`'s MLP contribution."""
-        return self.module(self.anatomy.mlp.format(self._index(layer)))
+        anatomy, index = self._place(layer)
+        return self.module(anatomy.mlp.format(index))
+
+    def mlp_in_path(self, layer: int) -> str:
+        """Path of the first matrix of block `layer`'s MLP."""
+        anatomy, index = self._place(layer)
+        return anatomy.mlp_in.format(index)
 
     def mlp_in(self, layer: int) -> nn.Module:
         """First matrix of block `layer`'s MLP."""
-        return self.module(self.anatomy.mlp_in.format(self._index(layer)))
+        return self.module(self.mlp_in_path(layer))
 
     def mlp_out_path(self, layer: int) -> str:
         """Path of the matrix that closed-form edits change."""
-        return self.anatomy.mlp_out.format(self._index(layer))
+        anatomy, index = self._place(layer)
+        return anatomy.mlp_out.format(index)
 
     def mlp_out(self, layer: int) -> nn.Module:
         """Last matrix of block `layer`'s MLP: keys go in, values come out."""
         return self.module(self.mlp_out_path(layer))
 
     def attention(self, layer: int) -> nn.Module:
-        """Block `layer`'s attention module."""
-        return self.module(self.anatomy.attention.format(self._index(layer)))
+        """Block `layer`'s (self-)attention module."""
+        anatomy, index = self._place(layer)
+        return self.module(anatomy.attention.format(index))
+
+    def attention_out_path(self, layer: int) -> str:
+        """Path of the last matrix of block `layer`'s (self-)attention."""
+        anatomy, index = self._place(layer)
+        return anatomy.attention_out.format(index)
 
     @property
     def embedding(self) -> nn.Module:
@@ -230,10 +287,40 @@ class LanguageModel:
 
     @property
     def head(self) -> nn.Module:
-        """The matrix that turns states into logits."""
+        """The matrix that turns states into logits over tokens.
+
+        Raises:
+            ConfigError: the model is a classifier, which has none.
+        """
         head = self.network.get_output_embeddings()  # asked, as its path changed between versions
+        if head is None:
+            raise ConfigError(
+                f"{self.name} chooses one of {len(self.labels)} labels; it has no logits over "
+                "tokens."
+            )
         assert isinstance(head, nn.Module)
         return head
+
+    def require_decoder(self, what: str) -> None:
+        """Refuse an encoder or encoder-decoder for `what`, which begins the message.
+
+        Raises:
+            ConfigError: the model is not a decoder.
+        """
+        if self.kind != "decoder":
+            raise ConfigError(
+                f"{what} needs a decoder; {self.name} is an {self.kind} ({self.config.model_type})."
+            )
+
+    def check_editable(self, paths: Iterable[str]) -> None:
+        """Refuse to change modules whose weights are elsewhere, or here in part only.
+
+        Raises:
+            ConfigError: a weight was offloaded by a device map or cut by tensor parallelism.
+        """
+        for path in paths:
+            for name, weight in self.module(path).named_parameters(prefix=path):
+                check_whole(weight, f"{name!r} of {self.name}")
 
     def check_finite(self, paths: Iterable[str] = ("",)) -> None:
         """Look for NaN and infinity in the weights of some modules, by default of all.
@@ -243,7 +330,7 @@ class LanguageModel:
         """
         for path in paths:
             for name, weight in self.module(path).named_parameters(prefix=path):
-                if not weight.isfinite().all():
+                if not (weight.is_meta or weight.isfinite().all()):
                     raise NotFiniteError(
                         f"the weight {name!r} of {self.name} holds NaN or infinity. Load the model "
                         "afresh; if its files are damaged, fetch them again."
@@ -254,6 +341,23 @@ class LanguageModel:
         weight = self.embedding.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def _below(self) -> int:
+        """How many blocks the encoder of an encoder-decoder has."""
+        return self._depth(self.anatomy.encoder) if self.anatomy.encoder else 0
+
+    def _depth(self, anatomy: Anatomy) -> int:
+        blocks = self.module(anatomy.block.removesuffix(".{}"))
+        assert isinstance(blocks, nn.ModuleList)
+        return len(blocks)
+
+    def _place(self, layer: int) -> tuple[Anatomy, int]:
+        """The stack that block `layer` belongs to, and its number there."""
+        index, below = self._index(layer), self._below
+        if self.anatomy.encoder and index < below:
+            return self.anatomy.encoder, index
+        return self.anatomy, index - below
 
     def _index(self, layer: int) -> int:
         if not -self.layers <= layer < self.layers:
@@ -274,24 +378,3 @@ def _dtype(name: torch.dtype | str) -> torch.dtype:
         )
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-@contextmanager
-def _no_weights_bar() -> Iterator[None]:
-    """Keep transformers' bar "Loading weights" off the user's terminal, and nothing else."""
-    # The first 5.x versions of transformers have no such hook; their bar is shown.
-    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
-    if set_hook is None:
-        yield
-        return
-
-    def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("desc") == "Loading weights":
-            kwargs = kwargs | {"disable": True}
-        return before(factory, args, kwargs) if before else factory(*args, **kwargs)
-
-    before = set_hook(hook)
-    try:
-        yield
-    finally:
-        set_hook(before)

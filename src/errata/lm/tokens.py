@@ -34,6 +34,17 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Masked:
+    """A text with masks in the place of an answer, as token ids."""
+
+    ids: list[int]
+    first: int
+    """Where the first mask stands; the others follow."""
+    answer: list[int]
+    """The tokens under the masks."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Padded token ids (n, t) and their mask (n, t; 1 where a token is real)."""
 
@@ -42,7 +53,9 @@ class Batch:
 
 
 def encode(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of plain texts, special tokens in front as the tokenizer adds them.
+    """Token ids of plain texts, special tokens around them as the tokenizer adds them.
+
+    What it adds at the end is left out for decoders, which would take it for the text's end.
 
     Raises:
         TokenizationError: a text is longer than the model can read.
@@ -53,11 +66,13 @@ def encode(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
 def encode_answers(
     lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]
 ) -> list[Encoded]:
-    """Each prompt followed by its answer, one space between them.
+    """Each prompt followed by its answer, one space between them; for decoders.
 
     Raises:
         TokenizationError: a prompt or answer has no token of its own, or a text is too long.
+        ConfigError: the model is not a decoder.
     """
+    lm.require_decoder("an answer that follows its prompt")
     texts, lengths = _joined(prompts, answers)
     encoded = _encode(lm, texts, lengths)
     for text, answer, row in zip(texts, answers, encoded, strict=True):
@@ -66,6 +81,64 @@ def encode_answers(
         if not row.prompt_length:
             raise TokenizationError(f"the prompt of {text!r} has no token that could be continued.")
     return encoded
+
+
+def encode_masked(
+    lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]
+) -> list[Masked]:
+    """Each prompt with as many masks as its answer has tokens: in the place of its one mask.
+
+    A prompt without a mask is followed by a space and the answer's. The text is tokenised with the
+    answer in it, so blanks and word pieces are those of ordinary text.
+
+    Raises:
+        TokenizationError: there are several masks or no mask token at all, the answer has no token
+            of its own, or a text is too long.
+    """
+    mask, texts, starts, stops = mask_token(lm), [], [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        before, *after = masked_prompt(lm, prompt).split(mask)
+        if len(after) != 1:
+            raise TokenizationError(f"{prompt!r} has {len(after)} masks {mask}; it may have one.")
+        texts.append(before + answer.strip() + after[0])
+        stops.append(len(before + answer.strip()))
+        starts.append(len(before.rstrip(" ")))  # some tokens are the blank before a word
+    masked = []
+    for text, start, stop, tokens in zip(texts, starts, stops, _tokenised(lm, texts), strict=True):
+        inside = tokens.inside(start, stop)
+        if not inside:
+            raise TokenizationError(f"the answer in {text!r} has no token of its own.")
+        first, last = inside[0], inside[-1]
+        around = text[tokens.offsets[first][0] : start] + text[stop : tokens.offsets[last][1]]
+        if around.strip():
+            raise TokenizationError(
+                f"in {text!r} one token belongs to both the answer and what stands beside it; "
+                "put the mask between whole words."
+            )
+        ids = list(tokens.ids)
+        ids[first : last + 1] = [lm.tokenizer.mask_token_id] * (last + 1 - first)
+        masked.append(Masked(ids, first, tokens.ids[first : last + 1]))
+    return masked
+
+
+def mask_token(lm: LanguageModel) -> str:
+    """How a text writes what the model shall fill in.
+
+    Raises:
+        TokenizationError: the tokenizer has no mask, or none that the model knows.
+    """
+    if lm.tokenizer.mask_token is None or lm.tokenizer.mask_token_id >= lm.vocabulary:
+        raise TokenizationError(
+            f"the tokenizer of {lm.name} has no mask token that the model knows, and an encoder "
+            "fills in nothing else. Set its mask_token."
+        )
+    return str(lm.tokenizer.mask_token)
+
+
+def masked_prompt(lm: LanguageModel, prompt: str) -> str:
+    """The prompt, with a mask at its end if it has none."""
+    mask = mask_token(lm)
+    return prompt if mask in prompt else f"{prompt.rstrip(' ')} {mask}"
 
 
 def encode_requests(
@@ -77,9 +150,11 @@ def encode_requests(
 
     Raises:
         TokenizationError: a subject or target has no token of its own, or a text is too long.
+        ConfigError: a target is asked for, and the model is not a decoder.
     """
     prompts = [prefix + request.text for request in requests]
     if target:
+        lm.require_decoder("a target that follows its prompt")
         texts, lengths = _joined(prompts, [request.target for request in requests])
     else:
         texts = [prompt.rstrip(" ") for prompt in prompts]
@@ -137,12 +212,24 @@ def _joined(prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], 
     return texts, [len(prompt) for prompt in stripped]
 
 
-def _encode(
-    lm: LanguageModel,
-    texts: Sequence[str],
-    prompt_ends: Sequence[int],
-    spans: Sequence[tuple[int, int]] | None = None,
-) -> list[Encoded]:
+@dataclass(frozen=True)
+class _Tokens:
+    """One text as the tokenizer sees it."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    special: list[bool]
+
+    def inside(self, start: int, stop: int) -> list[int]:
+        """The positions of the tokens that hold characters `start` to `stop`."""
+        return [
+            i
+            for i, (begins, ends) in enumerate(self.offsets)
+            if not self.special[i] and begins < stop and ends > start
+        ]
+
+
+def _tokenised(lm: LanguageModel, texts: Sequence[str]) -> list[_Tokens]:
     if not texts:
         return []
     tokens = lm.tokenizer(
@@ -151,12 +238,12 @@ def _encode(
         return_special_tokens_mask=True,
         verbose=False,  # what is too long for the model is refused below
     )
-    encoded = []
+    found = []
     for index, text in enumerate(texts):
-        ids, offsets = list(tokens["input_ids"][index]), tokens["offset_mapping"][index]
-        special = tokens["special_tokens_mask"][index]
+        ids, special = list(tokens["input_ids"][index]), tokens["special_tokens_mask"][index]
         end = len(ids)
-        while end > 1 and special[end - 1]:  # an EOS at the end would answer for the model
+        # An EOS at the end would answer for a decoder; the others have learnt to expect theirs.
+        while lm.kind == "decoder" and end > 1 and special[end - 1]:
             end -= 1
         if end and max(ids[:end]) >= lm.vocabulary:
             raise TokenizationError(
@@ -168,26 +255,30 @@ def _encode(
                 f"a text of {end} tokens is longer than {lm.name} can read ({lm.max_length}): "
                 f"{text[:60]!r}... Shorten the prompt or the target."
             )
+        offsets = tokens["offset_mapping"][index]
+        found.append(_Tokens(ids[:end], offsets[:end], [bool(one) for one in special[:end]]))
+    return found
+
+
+def _encode(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    prompt_ends: Sequence[int],
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> list[Encoded]:
+    encoded = []
+    for index, tokens in enumerate(_tokenised(lm, texts)):
         edge = prompt_ends[index]
         length = 0
-        for i in range(end):
-            begins, ends = offsets[i]
-            if special[i] or begins < edge or ends <= edge:
+        for special, (begins, ends) in zip(tokens.special, tokens.offsets, strict=True):
+            if special or begins < edge or ends <= edge:
                 length += 1
                 if ends > edge + 1:  # more than the blank after the prompt
                     raise TokenizationError(
-                        f"in {text!r} one token belongs to both the prompt and what follows it; "
-                        "end the prompt with a whole word."
+                        f"in {texts[index]!r} one token belongs to both the prompt and what "
+                        "follows it; end the prompt with a whole word."
                     )
-        first = last = -1
-        if spans is not None:
-            start, stop = spans[index]
-            inside = [
-                i
-                for i in range(end)
-                if not special[i] and offsets[i][0] < stop and offsets[i][1] > start
-            ]
-            if inside:
-                first, last = inside[0], inside[-1]
-        encoded.append(Encoded(ids[:end], length, first, last))
+        inside = tokens.inside(*spans[index]) if spans is not None else []
+        first, last = (inside[0], inside[-1]) if inside else (-1, -1)
+        encoded.append(Encoded(tokens.ids, length, first, last))
     return encoded

@@ -101,7 +101,9 @@ def observe(
         NotFiniteError: the model gives NaN or infinity.
         RequestError: there is nothing to predict.
         TokenizationError: a prompt is too long for the model.
+        ConfigError: the model is not a decoder.
     """
+    lm.require_decoder("drift")
     rng = random.Random(seed)
     distinct = list(dict.fromkeys(prompts))
     chosen = rng.sample(distinct, min(limit, len(distinct)))

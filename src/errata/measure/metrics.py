@@ -141,7 +141,9 @@ def interval(values: ArrayLike, *, within: tuple[float, float] = (-math.inf, mat
     if np.isin(x, (0, 1)).all():
         centre = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
         half = Z95 / (1 + Z95**2 / n) * math.sqrt(mean * (1 - mean) / n + (Z95 / (2 * n)) ** 2)
-        return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), n)
+        # At 0 and 1 the interval ends there exactly; floating point would miss by 1e-16.
+        low, high = (centre - half if mean > 0 else 0.0), (centre + half if mean < 1 else 1.0)
+        return Estimate(mean, low, high, n)
     if n == 1:
         return Estimate(mean, math.nan, math.nan, n)
     half = Z95 * float(x.std(ddof=1)) / math.sqrt(n)

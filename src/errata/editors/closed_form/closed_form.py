@@ -12,12 +12,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from errata.algebra.low_rank import LowRank
 from errata.algebra.memorize import memorize
@@ -31,11 +28,17 @@ from errata.editors.closed_form.keys import (
 )
 from errata.editors.closed_form.spread import SPREADS
 from errata.editors.closed_form.statistics import Moments
-from errata.editors.closed_form.targets import Targets, describe_failures, optimise_targets
+from errata.editors.closed_form.targets import (
+    Target,
+    Targets,
+    describe_failures,
+    optimise_targets,
+)
+from errata.editors.contexts import Contexts
+from errata.editors.editor import Editor
 from errata.edits.edit import Record
 from errata.edits.weights import WeightEdit
 from errata.errors import ConfigError, SolveError, TargetError
-from errata.lm.generate import random_prefixes
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
 from errata.progress import Progress, silent
@@ -43,16 +46,16 @@ from errata.requests import Request, check_batch, unique
 
 logger = logging.getLogger(__name__)
 
-Groups = Sequence[Sequence[Request]]
-"""Requests by subject: those of one group have the same key, so they share one target."""
+Group = tuple[Request, ...]
+"""Requests about one subject: they have the same key, so they share one target."""
+
+Groups = Sequence[Group]
 
 
-class ClosedForm:
+class ClosedForm(Editor):
     """The closed-form editor; ROME, MEMIT and EMMET are its subclasses by config."""
 
-    name: ClassVar[str]
-    depth: ClassVar[tuple[float, float]]
-    """Where in the network to edit when no layers are given: first and last block over depth."""
+    config: ClosedFormConfig
 
     def __init__(
         self, config: ClosedFormConfig, background: Background, *, batch_tokens: int = 16384
@@ -64,49 +67,134 @@ class ClosedForm:
             background: ordinary text of the model, for the second moments of old keys.
             batch_tokens: at most so many tokens are run at once: memory, not results.
         """
-        self.config = config
-        self.background = background
+        super().__init__(config, background)
         self.batch_tokens = batch_tokens
-        self._prefixes: WeakKeyDictionary[PreTrainedModel, list[str]] = WeakKeyDictionary()
+        self._contexts = Contexts(config.contexts, config.prefixes, seed=config.seed)
 
-    def layers(self, lm: LanguageModel) -> tuple[int, ...]:
-        """The blocks to edit.
+    def prepare(self, lm: LanguageModel, *, progress: Progress = silent) -> None:
+        """Take of the model, as it is now, what all later edits need: contexts and moments.
 
-        Raises:
-            ConfigError: a layer is beyond the model's depth.
+        `edit` does so by itself. Call it where the first edit may find the model changed already.
         """
-        if not self.config.layers:
-            first, last = (round(share * lm.layers) for share in self.depth)
-            return tuple(range(first, min(last, lm.layers - 1) + 1))
-        if self.config.layers[-1] >= lm.layers:
-            raise ConfigError(
-                f"{lm.name} has blocks 0 to {lm.layers - 1}, not {self.config.layers[-1]}."
-            )
-        return self.config.layers
+        self._run(lm, progress)
 
     def edit(
-        self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
+        self,
+        lm: LanguageModel,
+        requests: Sequence[Request],
+        *,
+        known: Mapping[Group, Target] | None = None,
+        progress: Progress = silent,
     ) -> WeightEdit:
         """Compute the change; the model is bit for bit as before, whatever happens.
+
+        Args:
+            lm: the model.
+            requests: what it is to say.
+            known: targets that were found elsewhere, with `contexts`, for all `groups`.
+            progress: called with (stage, done, total).
 
         Raises:
             RequestError: two requests contradict each other.
             TargetError: targets failed (all of them, with `keep_going`); they are named.
             SolveError: the equality constraint cannot be met, or the moments are singular.
             NotFiniteError: keys or weights are NaN or infinite.
+            ConfigError: the model is not a decoder, or has no such layer; targets are known of
+                other groups.
         """
+        groups = self.groups(lm, requests)
+        if known and (missing := [group for group in groups if group not in known]):
+            raise ConfigError(
+                f"the targets that are known lack {len(missing)} of {len(groups)} groups of "
+                f"requests, {missing[0][0].text!r} first. Find them for all `groups`."
+            )
+        run = self._run(lm, progress)
+        return self._edit(run, self._rounds(groups), known or {}, progress)
+
+    def edit_each(
+        self,
+        lm: LanguageModel,
+        batches: Sequence[Sequence[Request]],
+        *,
+        progress: Progress = silent,
+    ) -> Iterator[WeightEdit | TargetError | SolveError]:
+        """An edit of its own for each batch, as if it were the only one; in order.
+
+        The same as `edit` for each, to rounding, but the targets of all batches are found in one
+        batch first, and remembered if the background does so: the way to measure a method. A batch
+        that fails gives its error instead of an edit.
+
+        Raises:
+            RequestError: two requests of one batch contradict each other.
+            NotFiniteError: keys or weights are NaN or infinite.
+        """
+        batches = [unique(batch) for batch in batches]
+        each = [self._rounds(self.groups(lm, batch)) for batch in batches]
+        run = self._run(lm, progress)
+        known = self._targets_of_all(run, batches, each, progress)
+        for rounds in each:
+            try:
+                yield self._edit(run, rounds, known, silent)
+            except (TargetError, SolveError) as error:
+                yield error
+
+    def groups(self, lm: LanguageModel, requests: Sequence[Request]) -> Groups:
+        """Requests whose subjects end in the same tokens: they share one key, so also one target.
+
+        Raises:
+            RequestError: two requests contradict each other.
+            ConfigError: the model is not a decoder.
+        """
+        lm.require_decoder(self.name.upper())
         requests = unique(requests)
         check_batch(requests)
-        run = self._run(lm, progress)
-        # One after another, but never one over another: requests of one key stay together.
-        rounds = run.grouped(requests) if self.config.one_at_a_time else [requests]
+        groups: dict[tuple[int, ...], list[Request]] = {}
+        for row, request in zip(subject_rows(lm, requests), requests, strict=True):
+            groups.setdefault(row, []).append(request)
+        return [tuple(group) for group in groups.values()]
+
+    def _rounds(self, groups: Groups) -> list[Groups]:
+        """What is written at once: all groups, or one after another but never one over another."""
+        return [[group] for group in groups] if self.config.one_at_a_time else [groups]
+
+    def _targets_of_all(
+        self,
+        run: _Run,
+        batches: Sequence[Sequence[Request]],
+        each: Sequence[Sequence[Groups]],
+        progress: Progress,
+    ) -> dict[Group, Target]:
+        """The targets of each batch's first round: only that meets the model as it is now.
+
+        Requests alone and those that share a subject are optimised apart, so that the targets of
+        the former do not depend, in the last bits, on how requests are put into batches.
+        """
+        first = [group for rounds in each for group in rounds[0]]
+        shared = list(dict.fromkeys(group for group in first if len(group) > 1))
+        alone = [group for group in first if len(group) == 1]
+        if not self.config.one_at_a_time:
+            alone = [(request,) for batch in batches for request in batch]
+        known: dict[Group, Target] = {}
+        for groups in list(dict.fromkeys(alone)), shared:
+            if groups:
+                known |= run.remembered(groups, progress)
+        return known
+
+    def _edit(
+        self,
+        run: _Run,
+        rounds: Sequence[Groups],
+        known: Mapping[Group, Target],
+        progress: Progress,
+    ) -> WeightEdit:
+        """Carry out the rounds; `known` are targets of groups of the first one."""
         changes: dict[int, list[LowRank]] = {layer: [] for layer in run.layers}
         written: list[Request] = []
         failures: list[str] = []
-        with restored(lm, run.layers):
-            for done, batch in enumerate(rounds):
+        with restored(run.lm, run.layers):
+            for done, groups in enumerate(rounds):
                 told = progress if len(rounds) == 1 else silent
-                groups, targets, left_out = run.reached(run.grouped(batch), told)
+                groups, targets, left_out = run.reached(groups, known if not done else {}, told)
                 failures += left_out
                 if groups:
                     for layer, change in run.write_(groups, targets, told):
@@ -116,50 +204,35 @@ class ClosedForm:
                     progress("requests", done + 1, len(rounds))
         if not written:
             raise TargetError("no request could be carried out:\n" + "\n".join(failures) + _ADVICE)
-        return self._edit(
+        return self._made(
             run, {layer: sum_of(parts) for layer, parts in changes.items()}, written, failures
         )
 
-    def edit_each(
-        self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
-    ) -> Iterator[WeightEdit | TargetError]:
-        """An edit of its own for each request, as if it were the only one; in order.
-
-        The same as `edit(lm, [request])` for each, but all targets are found in one batch first:
-        the way to measure single edits. A target that fails gives its error instead of an edit.
-        """
-        run = self._run(lm, progress)
-        groups = [[request] for request in requests]
-        targets = run.targets(groups, progress)
-        for i, group in enumerate(groups):
-            if i in targets.failed:
-                yield TargetError(describe_failures({0: targets.failed[i]}, [group]).strip())
-                continue
-            with restored(lm, run.layers):
-                changes = dict(run.write_([group], targets.only([i]), silent))
-            yield self._edit(run, changes, group, [])
-
     def _run(self, lm: LanguageModel, progress: Progress) -> _Run:
+        lm.require_decoder(self.name.upper())
         layers = self.layers(lm)
-        lm.check_finite([lm.mlp_out_path(layer) for layer in layers])
+        paths = [lm.mlp_out_path(layer) for layer in layers]
+        lm.check_editable(paths)
+        lm.check_finite(paths)
         moments = self.background.moments(lm, layers, progress=progress)
-        return _Run(lm, self.config, layers, self._contexts(lm), moments, self.batch_tokens)
+        return _Run(
+            lm,
+            self.config,
+            layers,
+            self.contexts(lm),
+            moments,
+            self.background,
+            self.batch_tokens,
+        )
 
-    def _contexts(self, lm: LanguageModel) -> list[str]:
-        """The bare prompt first, then given or random prefixes; sampled once per model."""
-        if self.config.contexts:
-            return ["", *(text for text in self.config.contexts if text)]
-        if lm.network not in self._prefixes:
-            self._prefixes[lm.network] = [
-                prefix
-                for i, (count, length) in enumerate(self.config.prefixes)
-                for prefix in random_prefixes(
-                    lm, count=count, length=length, seed=self.config.seed + 1000 * i
-                )
-            ]
-        return ["", *self._prefixes[lm.network]]
+    def contexts(self, lm: LanguageModel) -> list[str]:
+        """What stands before prompts: nothing at first, then given or random prefixes.
 
-    def _edit(
+        Random ones are sampled once per model.
+        """
+        return self._contexts.of(lm)
+
+    def _made(
         self,
         run: _Run,
         changes: Mapping[int, LowRank],
@@ -193,14 +266,14 @@ class _Run:
     layers: tuple[int, ...]
     contexts: list[str]
     moments: Mapping[int, Moments]
+    background: Background
     batch_tokens: int
 
-    def grouped(self, requests: Sequence[Request]) -> Groups:
-        """Requests whose subjects end in the same tokens share one key, so also one target."""
-        groups: dict[tuple[int, ...], list[Request]] = {}
-        for row, request in zip(subject_rows(self.lm, requests), requests, strict=True):
-            groups.setdefault(row, []).append(request)
-        return list(groups.values())
+    def remembered(self, groups: Groups, progress: Progress) -> dict[Group, Target]:
+        """Each group's target, which the background may know from an earlier edit."""
+        asked = (tuple(groups), tuple(self.contexts), self.layers[-1], self.config.target)
+        found = self.background.targets(self.lm, asked, lambda: self.targets(groups, progress))
+        return {group: found.one(i) for i, group in enumerate(groups)}
 
     def targets(self, groups: Groups, progress: Progress) -> Targets:
         """Targets at the last edited layer, all groups in one batch."""
@@ -214,13 +287,18 @@ class _Run:
             progress=progress,
         )
 
-    def reached(self, groups: Groups, progress: Progress) -> tuple[Groups, Targets, list[str]]:
+    def reached(
+        self, groups: Groups, known: Mapping[Group, Target], progress: Progress
+    ) -> tuple[Groups, Targets, list[str]]:
         """The groups whose target was reached, their targets, and a line on each of the others.
 
         Raises:
             TargetError: a target was not reached, and the config does not say `keep_going`.
         """
-        targets = self.targets(groups, progress)
+        if known:
+            targets = Targets.of([known[group] for group in groups])
+        else:
+            targets = self.targets(groups, progress)
         if not targets.failed:
             return groups, targets, []
         report = describe_failures(targets.failed, groups)
@@ -246,7 +324,7 @@ class _Run:
             progress("layers", place, len(self.layers))
             keys, residuals = self._keys_and_residuals(heads, place, targets)
             unit = keys.shape[1] if self.config.units == "relative" else 1
-            factor = self.moments[layer].factor(layer)
+            factor = self.moments[layer].factor(layer, keys.device)
             try:
                 change = memorize(keys, residuals, factor, relaxation=self.config.relaxation * unit)
             except SolveError as error:
@@ -275,7 +353,7 @@ class _Run:
                 said = torch.einsum("p,npd->nd", weights, seen.values)
                 return keys, deltas + seen.values[:, 0] - said
             # The original mixture: delta is what D adds at the bare key.
-            detectors = self.moments[layer].factor(layer).whiten(keys)
+            detectors = self.moments[layer].factor(layer, keys.device).whiten(keys)
             bare = (detectors * seen.keys[:, 0]).sum(dim=1)
             return keys, deltas * ((detectors * keys).sum(dim=1) / bare)[:, None]
         now = stream_at_subject(self.lm, rows[0], last, batch_tokens=self.batch_tokens)

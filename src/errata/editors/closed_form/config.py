@@ -8,11 +8,11 @@ from typing import Literal
 from errata.editors.closed_form.keys import Averaging
 from errata.editors.closed_form.spread import SPREADS
 from errata.editors.closed_form.targets import TargetConfig
-from errata.editors.editor import Config
+from errata.editors.config import EditorConfig
 
 
 @dataclass(frozen=True)
-class ClosedFormConfig(Config):
+class ClosedFormConfig(EditorConfig):
     """Numbers of the closed-form family; each method's own defaults are in its file."""
 
     layers: tuple[int, ...] = ()
@@ -38,18 +38,11 @@ class ClosedFormConfig(Config):
     """Carry out requests one after another on the edited model instead of in one batch."""
     keep_going: bool = False
     """Leave out requests whose target fails, instead of failing as a whole."""
-    seed: int = 0
-    """Of the random contexts."""
     target: TargetConfig = field(default_factory=TargetConfig)
 
     def __post_init__(self) -> None:
         """Refuse numbers that contradict each other."""
-        ascending = list(self.layers) == sorted(set(self.layers)) and all(
-            layer >= 0 for layer in self.layers
-        )
-        self._require(
-            ascending, f"layers must be ascending, unique and not negative, got {self.layers}."
-        )
+        super().__post_init__()
         self._require(
             self.relaxation >= 0, f"relaxation must not be negative, got {self.relaxation}."
         )

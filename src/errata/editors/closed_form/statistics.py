@@ -17,6 +17,7 @@ import os
 import secrets
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -74,6 +75,13 @@ _FORMAT = "errata-moments-1"
 _STALE_SECONDS = 24 * 3600.0
 
 
+Window = Sequence[Sequence[int]]
+"""Token ids of some documents, which are sorted into batches together."""
+
+Elsewhere = Callable[[Sequence[int], Sequence[Window]], Iterable[Mapping[int, SecondMoment]]]
+"""Adds up the keys of layers over windows in any number of parts, wherever it likes."""
+
+
 @dataclass(eq=False)
 class Moments:
     """The second moments of some layers, and their Cholesky factors once they are wanted."""
@@ -88,7 +96,7 @@ class Moments:
     """Hash of what they were made from; equal keys, equal moments."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where factors are computed and kept."""
+    """Where factors are computed and kept, unless `factor` is told."""
 
     _factors: dict[int, memorize.Factor] = field(default_factory=dict, repr=False)
 
@@ -132,8 +140,12 @@ class Moments:
             )
         return self.means[layer]
 
-    def factor(self, layer: int) -> memorize.Factor:
+    def factor(self, layer: int, device: torch.device | None = None) -> memorize.Factor:
         """The Cholesky factor of a layer's moment; computed once, d_ff^3 / 3, then reused.
+
+        Args:
+            layer: which.
+            device: where it is wanted: that of the layer's weight, in a model on several devices.
 
         Raises:
             MomentError: the layer has no moment.
@@ -141,7 +153,7 @@ class Moments:
             NotFiniteError: the moment holds NaN or infinity.
         """
         if layer not in self._factors:
-            mean = self.mean(layer).to(self.device)
+            mean = self.mean(layer).to(device or self.device)
             try:
                 self._factors[layer] = memorize.factor(mean)
             except (SolveError, NotFiniteError) as error:
@@ -195,6 +207,7 @@ def collect(
     cache: Path | None = None,
     batch_tokens: int = BATCH_TOKENS,
     longest: int = LONGEST,
+    elsewhere: Elsewhere | None = None,
     progress: Progress = silent,
 ) -> Moments:
     """Second moments of the keys of several layers, in one pass over the text.
@@ -208,6 +221,7 @@ def collect(
             own), made when first written to; None keeps nothing.
         batch_tokens: tokens of one forward pass: memory and speed, not results.
         longest: documents are cut after so many tokens, and at the model's own limit.
+        elsewhere: adds up, as `add_up` would here; such a pass is not resumed.
         progress: told how many tokens are read.
 
     Raises:
@@ -243,7 +257,11 @@ def collect(
     if missing:
         digest = hashlib.sha256() if content is None else None
         reading = _Pass(lm, source, tokens, batch_tokens, longest, progress, digest)
-        sums = reading.run(missing, store, _hash({layer: made_from[layer] for layer in missing}))
+        if elsewhere is None:
+            key = _hash({layer: made_from[layer] for layer in missing})
+            sums = reading.run(missing, store, key)
+        else:
+            sums = reading.merged(missing, elsewhere)
         if reading.count < tokens:
             _enough(reading.count, widths, f"{source.name} has only {reading.count} tokens")
         if digest is not None:
@@ -326,28 +344,15 @@ class _Pass:
         """The sums of `layers`, continued from the store's partial ones if it has any."""
         lm, report = self.lm, self.progress
         devices = {layer: _device(lm, layer) for layer in layers}
-        sums, position = store.load_partial(key, devices) or (
-            {layer: SecondMoment(_width(lm, layer), devices[layer]) for layer in layers},
-            0,
-        )
+        sums, position = store.load_partial(key, devices) or (_nothing(lm, layers), 0)
         self.count = sums[layers[0]].count
         documents = islice(self._documents(), position, None)
         report("moments", self.count, self.tokens)
         saved, pause = time.monotonic(), CHECKPOINT_SECONDS
         while self.count < self.tokens and (window := list(islice(documents, WINDOW))):
-            rows = self._rows(window)
-            for group in batches([len(row) for row in rows], self.batch_tokens):
-                seen = _keys(lm, layers, [rows[i] for i in group])
-                for layer, keys in seen.items():
-                    with _naming(layer):
-                        sums[layer].update(keys)
-                self.count += sum(len(rows[i]) for i in group)
+            for tokens in _add(lm, sums, self._rows(window), self.batch_tokens):
+                self.count += tokens
                 report("moments", min(self.count, self.tokens), self.tokens)
-            for layer, moment in sums.items():
-                # Folds the rows that wait: then no bit of the result depends on when, or
-                # whether, sums are saved. The copy that it makes is cheap beside a window.
-                with _naming(layer):
-                    moment.state_dict()
             position += len(window)
             if store.folder and self.count < self.tokens and time.monotonic() - saved >= pause:
                 began = time.monotonic()
@@ -356,6 +361,19 @@ class _Pass:
                 pause = max(CHECKPOINT_SECONDS, 20 * (saved - began))
         if self.count < self.tokens:
             report("moments", self.count, self.count)
+        return sums
+
+    def merged(self, layers: Sequence[int], elsewhere: Elsewhere) -> dict[int, SecondMoment]:
+        """The sums of `layers`, whose parts are taken elsewhere."""
+        documents, windows = self._documents(), []
+        while self.count < self.tokens and (texts := list(islice(documents, WINDOW))):
+            windows.append([array("i", row) for row in self._rows(texts)])  # 4 bytes a token
+            self.count += sum(map(len, windows[-1]))
+        sums = _nothing(self.lm, layers)
+        for part in elsewhere(layers, windows):
+            for layer, moment in part.items():
+                sums[layer].merge(moment)
+            self.progress("moments", min(sums[layers[0]].count, self.count), self.count)
         return sums
 
     def _documents(self) -> Iterator[str]:
@@ -377,6 +395,48 @@ class _Pass:
                 rows.append(row)
                 left -= len(row)
         return rows
+
+
+@torch.no_grad()
+def add_up(
+    lm: LanguageModel,
+    layers: Sequence[int],
+    windows: Iterable[Window],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> dict[int, SecondMoment]:
+    """The sums over the keys of several layers, of all tokens of all windows.
+
+    Raises:
+        NotFiniteError: the model gives NaN or infinite keys; the layer is named.
+    """
+    sums = _nothing(lm, layers)
+    for window in windows:
+        for _ in _add(lm, sums, window, batch_tokens):
+            pass
+    return sums
+
+
+def _nothing(lm: LanguageModel, layers: Sequence[int]) -> dict[int, SecondMoment]:
+    return {layer: SecondMoment(_width(lm, layer), _device(lm, layer)) for layer in layers}
+
+
+def _add(
+    lm: LanguageModel, sums: Mapping[int, SecondMoment], window: Window, batch_tokens: int
+) -> Iterator[int]:
+    """Add the keys of one window, batch by batch; yields how many tokens each batch had."""
+    layers = sorted(sums)
+    for group in batches([len(row) for row in window], batch_tokens):
+        seen = _keys(lm, layers, [window[i] for i in group])
+        for layer, keys in seen.items():
+            with _naming(layer):
+                sums[layer].update(keys)
+        yield sum(len(window[i]) for i in group)
+    for layer, moment in sums.items():
+        # Folds the rows that wait: then no bit of the result depends on when, or whether, sums
+        # are saved. The copy that it makes is cheap beside a window.
+        with _naming(layer):
+            moment.state_dict()
 
 
 def _keys(
@@ -403,6 +463,7 @@ def _naming(layer: int) -> Iterator[None]:
 
 
 def _checked(lm: LanguageModel, layers: Sequence[int]) -> list[int]:
+    lm.require_decoder("the second moment of old keys")
     wrong = [layer for layer in layers if not 0 <= layer < lm.layers]
     if wrong or not layers:
         raise ConfigError(f"{lm.name} has blocks 0 to {lm.layers - 1}, not {wrong or 'none'}.")

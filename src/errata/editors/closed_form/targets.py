@@ -16,14 +16,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from errata.editors.closed_form.keys import at_subject, stream_at_subject
-from errata.editors.editor import Config
+from errata.editors.config import Config
 from errata.lm.forward import Paused, frozen, pause
 from errata.lm.hooks import rewritten_output
 from errata.lm.load import LanguageModel
@@ -101,6 +101,26 @@ class Targets:
         chosen = list(keep)
         return Targets(self.deltas[chosen], self.streams[chosen], self.loss[chosen], {})
 
+    def one(self, i: int) -> Target:
+        """What was found for the i-th subject."""
+        return Target(self.deltas[i], self.streams[i], self.loss[i], self.failed.get(i))
+
+    @classmethod
+    def of(cls, found: Sequence[Target]) -> Self:
+        """What `one` took apart."""
+        deltas, streams, loss, why = zip(*found, strict=True)
+        failed = {i: reason for i, reason in enumerate(why) if reason}
+        return cls(torch.stack(deltas), torch.stack(streams), torch.stack(loss), failed)
+
+
+class Target(NamedTuple):
+    """What was found for one subject: see `Targets`."""
+
+    delta: Tensor
+    stream: Tensor
+    loss: Tensor
+    failed: str | None
+
 
 @dataclass
 class _Rows:
@@ -159,9 +179,7 @@ def optimise_targets(
     """
     rows = [_rows([group], lm, prefixes) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: (rows[i].remaining, rows[i].width))
-    results: list[tuple[Tensor, Tensor, Tensor, str | None]] = [
-        (torch.empty(0),) * 3 + (None,)
-    ] * len(groups)
+    results = [Target(torch.empty(0), torch.empty(0), torch.empty(0), None)] * len(groups)
     chunk: list[int] = []
     done = 0
 
@@ -176,12 +194,7 @@ def optimise_targets(
             batch_tokens,
         )
         for place, i in enumerate(chunk):
-            results[i] = (
-                part.deltas[place],
-                part.streams[place],
-                part.loss[place],
-                part.failed.get(place),
-            )
+            results[i] = part.one(place)
         done += len(chunk)
         progress("targets", done, len(groups))
         chunk.clear()
@@ -197,9 +210,7 @@ def optimise_targets(
             run()
         chunk.append(i)
     run()
-    deltas, streams, loss, why = zip(*results, strict=True)
-    failed = {i: reason for i, reason in enumerate(why) if reason}
-    return Targets(torch.stack(deltas), torch.stack(streams), torch.stack(loss), failed)
+    return Targets.of(results)
 
 
 def _rows(groups: Sequence[Sequence[Request]], lm: LanguageModel, prefixes: Sequence[str]) -> _Rows:

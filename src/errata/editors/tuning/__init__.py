@@ -1,0 +1,1 @@
+"""Editors that tune weights directly: fine-tuning in three ways, and knowledge neurons."""

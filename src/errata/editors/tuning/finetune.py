@@ -1,0 +1,346 @@
+"""Fine-tuning: FT, FT+L and FT+KL, the baselines of every editing paper.
+
+Adam lowers the mean loss of the answers,
+
+    L = mean over requests of -log p(target | prompt), per token of the target,
+
+by changing a few matrices alone, until L is small or the updates are used up. Three ways:
+
+- FT: no more than that;
+- FT+L: after each update every weight is put back to within eps of where it began, the largest
+  norm ||W - W0||_inf <= eps (Zhu et al. 2020, arXiv:2012.00363; the baseline of ROME's authors);
+- FT+KL: L + weight * KL(before || after) on the texts most similar to the requests (`locality.py`).
+
+The reference code of FT scores all tokens of a target at the prompt's last position, without ever
+feeding them; `loss = "last-position"` does the same. It also trains the layer's bias, which an edit
+of matrices cannot hold: here it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from errata.editors.background import Background
+from errata.editors.config import EditorConfig
+from errata.editors.editor import Editor
+from errata.editors.tuning.difference import Borrowed, borrowed, factors
+from errata.editors.tuning.locality import LocalityConfig, Pool, divergences
+from errata.edits.edit import Record
+from errata.edits.weights import WeightEdit
+from errata.errors import NotFiniteError
+from errata.lm.forward import logits_at
+from errata.lm.load import LanguageModel
+from errata.lm.loss import Example, example_batches, losses
+from errata.lm.tokens import encode_answers, pad
+from errata.progress import Progress, silent
+from errata.requests import Request, check_batch, unique
+
+Matrices = Literal["mlp_out", "mlp_in", "mlp_in+mlp_out"]
+
+
+@dataclass(frozen=True)
+class FineTuneConfig(EditorConfig):
+    """Numbers of fine-tuning; FT+L and FT+KL have other defaults."""
+
+    layers: tuple[int, ...] = ()
+    """Blocks whose MLPs are trained, ascending. Empty: the method's usual place, as a share of the
+    depth."""
+    seed: int = 0
+    """Kept in the record; fine-tuning draws nothing at random."""
+    matrices: Matrices = "mlp_out"
+    """Which matrices of these MLPs: the last, the first, or both."""
+    updates: int = 25
+    """At most so many updates."""
+    learning_rate: float = 0.01
+    """Of Adam; in `relative` units a multiple of the matrix's root-mean-square entry."""
+    weight_decay: float = 0.0
+    """Adam's pull of the weights towards zero."""
+    stop_below: float = 0.01
+    """Training ends once the mean loss of the answers, in nats a token, is below this."""
+    norm_limit: float | None = None
+    """How far any weight may move (FT+L), in the same units as the learning rate; None: freely."""
+    units: Literal["relative", "absolute"] = "relative"
+    """What `learning_rate` and `norm_limit` are measured in; the papers' numbers are `absolute`."""
+    loss: Literal["answer", "last-position"] = "answer"
+    """What is lowered: the loss of the whole answer, token after token; or, as in the reference
+    code, that of all its tokens at the prompt's last position (decoders only)."""
+    rank: int | None = None
+    """Keep each matrix's change as its best approximation of this rank; None keeps all of it."""
+    kl: LocalityConfig = field(default_factory=LocalityConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers without sense."""
+        super().__post_init__()
+        self._require(
+            self.matrices in get_args(Matrices),
+            f"matrices is one of {', '.join(get_args(Matrices))}, not {self.matrices!r}.",
+        )
+        self._require(self.updates >= 1, f"updates must be at least 1, got {self.updates}.")
+        self._require(
+            self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}."
+        )
+        self._require(
+            self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}."
+        )
+        self._require(
+            self.norm_limit is None or self.norm_limit > 0,
+            f"norm_limit must be positive, or None for no limit, got {self.norm_limit}.",
+        )
+        self._require(self.units in ("relative", "absolute"), f"no units {self.units!r}.")
+        self._require(self.loss in ("answer", "last-position"), f"no loss {self.loss!r}.")
+        self._require(
+            self.rank is None or self.rank >= 1,
+            f"rank must be at least 1, or None for the whole change, got {self.rank}.",
+        )
+
+
+class FineTune(Editor):
+    """Fine-tuning of some matrices; FT+L and FT+KL are its subclasses by config."""
+
+    name = "ft"
+    depth = (21 / 28, 21 / 28)  # the reference's GPT-J layer
+    config: FineTuneConfig
+
+    def __init__(
+        self, config: FineTuneConfig, background: Background, *, batch_tokens: int = 16384
+    ) -> None:
+        """Keep the numbers and where similar texts come from.
+
+        Args:
+            config: the method's numbers.
+            background: ordinary text of the model, to hold on to.
+            batch_tokens: at most so many tokens are run at once: memory, not results.
+        """
+        super().__init__(config, background)
+        self.batch_tokens = batch_tokens
+        self._pools: WeakKeyDictionary[PreTrainedModel, Pool] = WeakKeyDictionary()
+
+    def prepare(self, lm: LanguageModel, *, progress: Progress = silent) -> None:
+        """Look at the numbers and, with a KL term, at all texts that may be held on to."""
+        self.layers(lm)
+        if self.config.loss == "last-position":
+            lm.require_decoder("loss = 'last-position'")
+        if self.config.kl.weight and lm.network not in self._pools:
+            progress("texts to hold on to", 0, 1)
+            self._pools[lm.network] = Pool.of(lm, self.background, self.config.kl)
+            progress("texts to hold on to", 1, 1)
+
+    def edit(
+        self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
+    ) -> WeightEdit:
+        """Train all requests as one batch; the model is bit for bit as before, whatever happens.
+
+        Whether each target was reached is not asked: the notes tell each request's loss.
+
+        Args:
+            lm: the model.
+            requests: what it is to say.
+            progress: called with (stage, done, total).
+
+        Raises:
+            ConfigError: the model has no such layer, or the loss is not for its kind.
+            RequestError: there is no request, or two contradict each other.
+            NotFiniteError: the model, or the training, gives NaN or infinity.
+            TokenizationError: a prompt or target has no token of its own, or is too long.
+        """
+        requests = unique(requests)
+        check_batch(requests)
+        self.prepare(lm, progress=progress)
+        pool = self._pools.get(lm.network)
+        held = pool.nearest(lm, requests) if pool else []
+        with borrowed(lm, self._paths(lm)) as loan:
+            training = _Training(
+                loan,
+                self.config,
+                [Example(request.text, request.target) for request in requests],
+                [pool.rows[number] for number in held] if pool else [],
+                self.batch_tokens,
+            )
+            updates, first = training.run(progress)
+            last = training.each()
+            moved = loan.moved()
+        found = {path: factors(change, self.config.rank) for path, change in moved.items()}
+        notes = {
+            "left out": [],
+            "updates": updates,
+            "loss before": first,
+            "loss after": last,
+            "largest change": {path: change.abs().max() for path, change in moved.items()},
+            "error of the rank": {path: missed for path, (_, missed) in found.items()},
+            "held on to": [pool.texts[number] for number in held] if pool else [],
+        }
+        config = self.config.to_dict() | {"layers": self.layers(lm)}
+        return WeightEdit.of(
+            lm,
+            {path: change.to(dtype=torch.float32) for path, (change, _) in found.items()},
+            requests=requests,
+            record=Record.of(
+                lm, method=self.name, config=config, seed=self.config.seed, notes=notes
+            ),
+        )
+
+    def _paths(self, lm: LanguageModel) -> list[str]:
+        places = {"mlp_in": lm.mlp_in_path, "mlp_out": lm.mlp_out_path}
+        return [
+            places[name](layer)
+            for layer in self.layers(lm)
+            for name in self.config.matrices.split("+")
+        ]
+
+
+@dataclass(frozen=True)
+class FineTuneLimitedConfig(FineTuneConfig):
+    """FT+L: the first block, no weight far from where it began."""
+
+    norm_limit: float | None = 0.01
+
+
+class FineTuneLimited(FineTune):
+    """Fine-tuning under a limit on the largest change of any weight."""
+
+    name = "ft-l"
+    depth = (0.0, 0.0)  # the reference's layer in every model
+
+
+@dataclass(frozen=True)
+class FineTuneKLConfig(FineTuneConfig):
+    """FT+KL: what similar texts say counts as much as the edits."""
+
+    kl: LocalityConfig = field(default_factory=lambda: LocalityConfig(weight=1.0))
+
+
+class FineTuneKL(FineTune):
+    """Fine-tuning that holds on to what the most similar texts say."""
+
+    name = "ft-kl"
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One batch's training on borrowed weights."""
+
+    loan: Borrowed
+    config: FineTuneConfig
+    examples: Sequence[Example]
+    rows: Sequence[Sequence[int]]
+    """Token ids of the texts that are held on to."""
+    batch_tokens: int
+
+    def run(self, progress: Progress) -> tuple[int, float]:
+        """Train; how many updates it took, and the mean loss before the first.
+
+        Raises:
+            NotFiniteError: the loss is NaN or infinite.
+        """
+        scales = [self._scale(own) for own in self.loan.own]
+        adam = torch.optim.Adam(
+            [
+                {"params": [copy], "lr": self.config.learning_rate * scale}
+                for copy, scale in zip(self.loan.copies, scales, strict=True)
+            ],
+            weight_decay=self.config.weight_decay,
+        )
+        first = 0.0
+        for done in range(self.config.updates):
+            loss = self._descend(done)
+            first = first if done else loss
+            if loss < self.config.stop_below:
+                return done, first
+            adam.step()
+            adam.zero_grad()
+            self._limit(scales)
+            self.loan.show_()
+            progress("updates", done + 1, self.config.updates)
+        return self.config.updates, first
+
+    @torch.no_grad()
+    def each(self) -> list[float]:
+        """Each example's loss on the weights as they are now.
+
+        Raises:
+            NotFiniteError: one is NaN or infinite.
+        """
+        found = torch.zeros(len(self.examples), dtype=torch.float64)
+        for group, each in self._losses():
+            found[group] = each.to(found)
+        self._check(float(found.sum()), self.config.updates)
+        return found.tolist()
+
+    def _descend(self, done: int) -> float:
+        """The mean loss of the answers; its gradient and KL's are left on the copies."""
+        loss = 0.0
+        for _, each in self._losses():
+            share = each.sum() / len(self.examples)
+            loss += float(share.detach())
+            self._add(share)
+        for share in divergences(self.loan, self.rows):
+            self._add(self.config.kl.weight * share)
+        self._check(loss, done)
+        return loss
+
+    def _losses(self) -> Iterable[tuple[list[int], Tensor]]:
+        """Batch by batch: which examples, and the loss of each."""
+        lm = self.loan.lm
+        found: Callable[..., Tensor] = losses if self.config.loss == "answer" else last_position
+        for group in example_batches(lm, self.examples, self.batch_tokens):
+            yield group, found(lm, [self.examples[i] for i in group])
+
+    def _add(self, loss: Tensor) -> None:
+        """Add the loss' gradient to that of the copies."""
+        slopes = torch.autograd.grad(loss, self.loan.parameters)
+        for copy, slope in zip(self.loan.copies, slopes, strict=True):
+            slope = slope.to(copy.dtype)
+            copy.grad = slope if copy.grad is None else copy.grad + slope
+
+    @torch.no_grad()
+    def _limit(self, scales: Sequence[float]) -> None:
+        """FT+L: put every weight back to within the limit."""
+        if self.config.norm_limit is None:
+            return
+        for copy, own, scale in zip(self.loan.copies, self.loan.own, scales, strict=True):
+            eps, start = self.config.norm_limit * scale, own.to(copy.dtype)
+            copy.copy_(copy.clamp(start - eps, start + eps))
+
+    def _scale(self, weight: Tensor) -> float:
+        """What one unit of the learning rate and the limit is, for this matrix."""
+        return (
+            1.0 if self.config.units == "absolute" else float(weight.float().square().mean().sqrt())
+        )
+
+    def _check(self, loss: float, done: int) -> None:
+        if torch.tensor(loss).isfinite():
+            return
+        lm = self.loan.lm
+        if not done:
+            lm.check_finite()
+            raise NotFiniteError(
+                f"the answers' loss is not finite: the dtype of {lm.name} overflows (try float32 "
+                "or bfloat16)."
+            )
+        raise NotFiniteError(
+            f"fine-tuning left all bounds after {done} updates: the loss is not finite. Lower "
+            f"learning_rate, which is {self.config.learning_rate}."
+        )
+
+
+def last_position(lm: LanguageModel, examples: Sequence[Example]) -> Tensor:
+    """Mean negative log-likelihood (n,) of each answer's tokens, all at the prompt's last position.
+
+    Raises:
+        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
+        ConfigError: the model is not a decoder.
+    """
+    texts = encode_answers(lm, [e.prompt for e in examples], [e.answer for e in examples])
+    batch = pad(lm, [text.ids[: text.prompt_length] for text in texts])
+    ends = torch.tensor([text.prompt_length - 1 for text in texts])
+    logits = logits_at(lm, batch, torch.arange(len(texts)), ends)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    said = logits.log_softmax(dim=1)
+    return torch.stack([-said[i, text.answer].mean() for i, text in enumerate(texts)])

@@ -1,0 +1,291 @@
+"""What an experiment will cost, before it runs: time and memory, from a sample that is run now.
+
+A model that is here edits and scores a few cases of its first unit; the rest is multiplication.
+Targets that units share are counted once, as one process finds them. A model that is not here is
+reckoned from its shape. The sample then runs on another model, whose floating-point operations are
+counted: divided by those of a token they say how many tokens' worth of work a case is. What a token
+costs the other model is known from its shape, and how fast this machine is from a matrix product.
+Such a figure is an estimate, good to a factor of two or so, and is marked as one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from errata.editors import Background
+from errata.editors.closed_form.config import ClosedFormConfig
+from errata.editors.closed_form.statistics import Moments, estimate
+from errata.editors.editor import Editor
+from errata.errors import ConfigError, ErrataError
+from errata.jobs.cases import POCKET as POCKET_CASES
+from errata.jobs.cases import POCKET_SOURCES, sample_cases
+from errata.jobs.cluster import held
+from errata.jobs.declared import declared
+from errata.jobs.experiment import Experiment
+from errata.jobs.host import peak_memory
+from errata.jobs.methods import config_for, editor_for, method_named
+from errata.jobs.moments import TOKENS
+from errata.jobs.score import observation
+from errata.jobs.scoring import scored
+from errata.jobs.store import Store
+from errata.jobs.studies import FOLDER, chosen, keyed, store_path
+from errata.jobs.units import UNEDITED, Unit
+from errata.jobs.workload import Rates, Work, total
+from errata.lm.load import POCKET, LanguageModel
+from errata.lm.shape import Shape, is_here, shape_named
+from errata.lm.weights import weight_out_in
+from errata.measure.drift import drift
+from errata.progress import Progress, silent
+from errata.requests import Case
+
+SAMPLE = 6
+"""Cases that are edited and scored to measure a model."""
+
+STAND_IN = POCKET[0]
+"""Edits and scores the sample for a model that is not here."""
+
+EFFICIENCY = 0.7
+"""Share of a plain matrix product's speed that a whole model reaches."""
+
+How = Literal["measured", "estimated"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of all units of one model."""
+
+    model: str
+    units: int
+    work: Work
+    seconds: float
+    """In one process, one unit after another."""
+    nbytes: int
+    """Memory of one process."""
+    how: How
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    units: tuple[Unit, ...]
+    finished: int
+    """Units that are done already, and not among these."""
+    costs: tuple[Cost, ...]
+    absent: tuple[str, ...] = ()
+    """Data that are not here either; the stand-in answered cases of its own."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all of it, in one process."""
+        return sum(cost.seconds for cost in self.costs)
+
+
+def plan(
+    experiment: Experiment,
+    *,
+    folder: Path | str = FOLDER,
+    only: str | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Say what `errata.jobs.studies.run` would do and what that costs.
+
+    Args:
+        experiment: what to do.
+        folder: where results are kept.
+        only: only units whose description has this text in it.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ConfigError: a model is neither here nor described in the file.
+        DatasetError: a source has too few cases.
+    """
+    declared(experiment)
+    units = chosen(experiment, only)
+    here = {unit.model: is_here(unit.model) for unit in units}
+    todo = _unfinished([unit for unit in units if here[unit.model]], experiment, folder)
+    finished = sum(here[unit.model] for unit in units) - len(todo)
+    todo += [unit for unit in units if not here[unit.model]]
+    costs = []
+    models = list(dict.fromkeys(unit.model for unit in todo))
+    for number, model in enumerate(models):
+        progress("measuring a sample", number, len(models))
+        mine = [unit for unit in todo if unit.model == model]
+        if here[model]:
+            costs.append(_measured(mine))
+        else:
+            costs.append(_estimated(mine, _shape(experiment, model)))
+    progress("measuring a sample", len(models), len(models))
+    absent = {unit.data for unit in todo if not _has_data(unit)}
+    return Plan(tuple(todo), finished, tuple(costs), tuple(sorted(absent)))
+
+
+def _unfinished(units: Sequence[Unit], experiment: Experiment, folder: Path | str) -> list[Unit]:
+    path = store_path(experiment, folder)
+    if not units or not path.exists():
+        return list(units)
+    with Store(path, read_only=True) as store:
+        statuses = store.statuses()
+    pieces = keyed(units).items()
+    return [piece.unit for key, piece in pieces if statuses.get(key) != "done"]
+
+
+def _measured(units: Sequence[Unit]) -> Cost:
+    """The cost on a model that is here."""
+    unit = _typical(units)
+    lm = held(unit.model, unit.dtype, unit.device)
+    work = total(units)
+    seconds = _rates(unit, lm, _seconds).of(work)
+    layers = sorted({layer for u in units for layer in _layers(u, lm.layers)})
+    if layers:
+        seconds += estimate(lm, layers, unit.corpus_tokens or TOKENS).seconds
+    nbytes = (peak_memory() or 0) + _factors(_width(lm), len(layers))
+    return Cost(unit.model, len(units), work, seconds, nbytes, "measured")
+
+
+def _estimated(units: Sequence[Unit], shape: Shape) -> Cost:
+    """The cost on a model of which only the shape is known."""
+    unit = _typical(units)
+    known = shape_named(STAND_IN)
+    assert known is not None
+    flops = _rates(_on_stand_in(unit, shape, known), held(STAND_IN), _flops)
+    speed = EFFICIENCY * _speed()
+    work = total(units)
+    seconds = flops.of(work) / known.flops * shape.flops / speed
+    layers = {layer for u in units for layer in _layers(u, shape.layers)}
+    if layers:
+        read = (unit.corpus_tokens or TOKENS) * (shape.flops + len(layers) * shape.d_ff**2)
+        seconds += (read + len(layers) * shape.d_ff**3) / speed
+    width = 2 if unit.dtype in ("float16", "bfloat16") else 4
+    nbytes = width * shape.parameters + _factors(shape.d_ff, len(layers)) + (1 << 29)
+    return Cost(unit.model, len(units), work, seconds, nbytes, "estimated")
+
+
+def _on_stand_in(unit: Unit, shape: Shape, known: Shape) -> Unit:
+    """The same work on the stand-in: with the model's own numbers, at the same relative depth."""
+    settings: dict[str, Any] = {}
+    if unit.method != UNEDITED:
+        settings = config_for(unit.method, unit.model, unit.settings).to_dict()
+        depth = {layer * known.layers // shape.layers for layer in _layers(unit, shape.layers)}
+        settings["layers"] = sorted(depth)
+    unit = replace(unit, model=STAND_IN, settings=settings, dtype=None, device=None)
+    return unit if _has_data(unit) else replace(unit, data=POCKET_CASES)
+
+
+def _has_data(unit: Unit) -> bool:
+    return unit.data in POCKET_SOURCES or Path(unit.data).exists()
+
+
+def _typical(units: Sequence[Unit]) -> Unit:
+    """The first unit that edits, as a stream and with free text, if any does."""
+    return max(
+        units, key=lambda u: (u.method != UNEDITED, u.protocol == "sequential", u.generation)
+    )
+
+
+def _layers(unit: Unit, depth: int) -> tuple[int, ...]:
+    """The blocks that a unit edits in a model of so many."""
+    if unit.method == UNEDITED:
+        return ()
+    config = config_for(unit.method, unit.model, unit.settings)
+    first, last = (round(share * depth) for share in method_named(unit.method).editor.depth)
+    return config.layers or tuple(range(first, last + 1))
+
+
+def _factors(width: int, layers: int) -> int:
+    """Bytes of second moments in float32 and of their factors in float64."""
+    return 12 * width**2 * layers
+
+
+def _width(lm: LanguageModel) -> int:
+    return weight_out_in(lm.mlp_out(0)).shape[1]
+
+
+def _shape(experiment: Experiment, model: str) -> Shape:
+    told = experiment.about_models.get(model, {})
+    numbers = [told.get(name) for name in ("layers", "d_model", "d_ff", "vocabulary")]
+    if all(isinstance(number, int) for number in numbers):
+        return Shape.of(*numbers)  # type: ignore[arg-type]
+    if (shape := shape_named(model)) is not None:
+        return shape
+    raise ConfigError(
+        f"the model {model!r} is not on this machine, nor is its config.json. To reckon what it "
+        f'costs, say in the file:\n  [model."{model}"]\n  layers = 48\n  d_model = 1600\n'
+        "  d_ff = 6400\n  vocabulary = 50257"
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _flops(run: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _speed() -> float:
+    """Floating-point operations in a second, of a matrix product in float32."""
+    side = 1024
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    a @ b  # the first one starts threads
+    return 2 * side**3 / min(_seconds(lambda: a @ b) for _ in range(5))
+
+
+def _rates(unit: Unit, lm: LanguageModel, cost: Callable[[Callable[[], object]], float]) -> Rates:
+    """What each kind of work costs, in whatever `cost` tells, from a few of the unit's cases."""
+    count = SAMPLE if unit.count is None else min(unit.count, SAMPLE)
+    cases = sample_cases(unit.data, count, unit.seed)
+    plain = replace(unit, generation=False)
+    scoring = cost(lambda: [scored(lm, [case], plain) for case in cases])
+    texts = point = first = again = 0.0
+    if unit.generation:
+        texts = cost(lambda: scored(lm, cases[:2], unit, texts=2)) / len(cases[:2])
+    if unit.protocol == "sequential":
+        before = observation(lm, cases)
+        point = cost(lambda: drift(lm, before))
+    if unit.method != UNEDITED:
+        editor, ahead = _ready(unit, lm), unit.protocol != "sequential"
+        first = cost(lambda: _write(editor, lm, cases, ahead=ahead))
+        if ahead and isinstance(editor.config, ClosedFormConfig):
+            again = cost(lambda: _write(editor, lm, cases, ahead=ahead))  # it knows the targets now
+    return Rates(
+        target=max(0.0, first - again) / count,
+        edit=again / count,
+        scored=scoring / count,
+        point=point,
+        text=texts,
+    )
+
+
+def _ready(unit: Unit, lm: LanguageModel) -> Editor:
+    """The unit's editor, with all that is computed once; of any moments, which cost the same."""
+    layers = _layers(unit, lm.layers)
+    moments = Moments.of(dict.fromkeys(layers, torch.eye(_width(lm))), device=lm.device)
+    editor = editor_for(lm, unit.method, unit.settings, Background(given=moments, remember=1))
+    editor.prepare(lm)
+    for layer in layers:
+        moments.factor(layer)
+    return editor
+
+
+def _write(editor: Editor, lm: LanguageModel, cases: Sequence[Case], *, ahead: bool) -> None:
+    """Make each case's edit; a stream cannot look for targets ahead."""
+    batches = [[case.request] for case in cases]
+    if ahead:
+        list(editor.edit_each(lm, batches))
+        return
+    for batch in batches:
+        with suppress(ErrataError):
+            editor.edit(lm, batch)

@@ -1,0 +1,170 @@
+"""One unit of a study: draw the cases, edit as its protocol says, score, undo.
+
+- *single*: each case alone, each edit on the unedited model;
+- *batch*: so many cases at once, each batch on the unedited model;
+- *sequential*: batch after batch on the edited model (`errata.jobs.stream`).
+
+A request that fails is not left out of the scores: it is scored on the model as it is without it,
+and counted under `failed`. Within a batch the others are written all the same. An edit with which
+the model gives no numbers any more has failed too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from errata.editors import Background
+from errata.editors.editor import Editor
+from errata.edits.edit import as_json
+from errata.errors import ErrataError, RequestError
+from errata.jobs import host
+from errata.jobs.cases import sample_cases
+from errata.jobs.cluster import held
+from errata.jobs.methods import config_for, editor_for
+from errata.jobs.moments import background_for
+from errata.jobs.scoring import CaseRow, consistent, mark_failed, scored, small, texts_wanted
+from errata.jobs.stopwatch import Stopwatch
+from errata.jobs.stream import IMMEDIATE, stream
+from errata.jobs.units import UNEDITED, Unit
+from errata.lm.load import LanguageModel
+from errata.measure.metrics import Estimate
+from errata.measure.score import Scores
+from errata.progress import Progress, silent
+from errata.requests import Case
+
+TOLD = 20
+"""Failures that a record tells in full."""
+
+REMEMBERED = 8
+"""Sets of targets that are kept for the next unit on the same model."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a unit gave: the fields of its row."""
+
+    metrics: Mapping[str, Estimate]
+    cases: tuple[Mapping[str, Any], ...]
+    """One for each: case_id, relation, metrics, and whether its request failed."""
+    points: tuple[Mapping[str, Any], ...] = ()
+    """A stream's scores on its way."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def perform(unit: Unit, *, folder: Path | str, progress: Progress = silent) -> Outcome:
+    """Do the work of a unit. The model of this process is left as it was.
+
+    Args:
+        unit: what to do.
+        folder: where a stream keeps its checkpoints; a stream that was cut short goes on there.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ErrataError: the model, the cases or the settings do not allow it.
+    """
+    clock = Stopwatch()
+    with clock("loading"):
+        lm = held(unit.model, unit.dtype, unit.device)
+        cases = sample_cases(unit.data, unit.count, unit.seed)
+        if unit.batch > len(cases):
+            raise RequestError(
+                f"a batch of {unit.batch} cannot be made of {len(cases)} cases; lower "
+                "`protocol.batch`."
+            )
+    record: dict[str, Any] = {"seeds": {"cases": unit.seed}}
+    metrics: dict[str, Estimate] = {}
+    points: Sequence[Mapping[str, Any]] = ()
+    if unit.method == UNEDITED:
+        with clock("scoring"):
+            texts = texts_wanted(unit, len(cases))
+            rows = scored(lm, cases, unit, texts=texts, progress=progress)
+    else:
+        with clock("preparing"):
+            editor = editor_of(unit, lm)
+            editor.prepare(lm, progress=progress)
+        record["config"] = editor.config.to_dict() | {"layers": editor.layers(lm)}
+        record["seeds"]["editor"] = editor.config.seed
+        if unit.protocol == "sequential":
+            done = stream(lm, editor, cases, unit, Path(folder), clock, progress)
+            rows, points, failures = done.final, done.points, done.failures
+            metrics = {IMMEDIATE + n: e for n, e in _summary(done.immediate, unit).items()}
+            record["stopped"] = done.stopped
+        else:
+            rows, failures = _apart(lm, editor, cases, unit, clock, progress)
+        record["failures"] = failures[:TOLD]
+    consistent(rows, cases)
+    record |= {
+        "cases": len(rows),
+        "failed": sum(row["failed"] for row in rows),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "seconds": clock.seconds,
+        **host.about(str(lm.device)),
+    }
+    metrics = _summary(rows, unit) | metrics
+    return Outcome(metrics, tuple(map(small, rows)), tuple(points), as_json(record))
+
+
+def _summary(rows: Sequence[CaseRow], unit: Unit) -> dict[str, Estimate]:
+    return Scores(tuple(rows)).summary(seed=unit.seed)
+
+
+def editor_of(unit: Unit, lm: LanguageModel) -> Editor:
+    """The unit's editor. What methods share on a model, moments and targets, is kept with it.
+
+    The unit's seed is the editor's too, and in a batch the other requests go on where one fails,
+    unless the settings say otherwise.
+    """
+    backgrounds = _backgrounds.setdefault(lm, {})
+    text = unit.corpus, unit.corpus_tokens
+    if text not in backgrounds:
+        backgrounds[text] = background_for(lm, *text, remember=REMEMBERED)
+    known = {f.name for f in fields(config_for(unit.method, unit.model, {}))}
+    usual = {"seed": unit.seed, "keep_going": True}
+    settings = {name: value for name, value in usual.items() if name in known}
+    return editor_for(lm, unit.method, settings | dict(unit.settings), backgrounds[text])
+
+
+_backgrounds: WeakKeyDictionary[LanguageModel, dict[tuple[str | None, int | None], Background]] = (
+    WeakKeyDictionary()
+)
+
+
+def _apart(
+    lm: LanguageModel,
+    editor: Editor,
+    cases: Sequence[Case],
+    unit: Unit,
+    clock: Stopwatch,
+    progress: Progress,
+) -> tuple[list[CaseRow], list[str]]:
+    """Each batch on the unedited model: rows of scores, and what failed."""
+    batches = [cases[i : i + unit.batch] for i in range(0, len(cases), unit.batch)]
+    requests = [[case.request for case in batch] for batch in batches]
+    edits = editor.edit_each(lm, requests, progress=progress)
+    texts = texts_wanted(unit, len(cases))
+    rows: list[CaseRow] = []
+    failures: list[str] = []
+    for batch in batches:
+        with clock("editing"):
+            edit = next(edits)
+        with clock("scoring"):
+            score = partial(scored, lm, batch, unit, texts=texts - len(rows))
+            try:
+                if isinstance(edit, ErrataError):
+                    raise edit
+                with edit.applied(lm):
+                    found = score()
+                mark_failed(found, batch, edit.requests)
+                failures += edit.record.notes.get("left out", ())
+            except ErrataError as error:
+                failures.append(str(error))
+                found = score()
+                mark_failed(found, batch, ())
+        rows += found
+        progress("cases", len(rows), len(cases))
+    return rows, failures

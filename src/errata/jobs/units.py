@@ -1,0 +1,122 @@
+"""A unit: one piece of an experiment's work, described in full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self, get_args
+
+from errata.edits.edit import as_json
+from errata.errors import ConfigError
+from errata.jobs.cases import POCKET
+from errata.jobs.methods import config_for
+from errata.measure.score import Protocol
+
+Kind = Literal["single", "batch", "sequential"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+UNEDITED = "none"
+"""The method that changes nothing: its rows are the unedited model's."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work, described in full: the same unit gives the same results in any study."""
+
+    model: str
+    label: str
+    """What tables call the editor; it changes nothing else."""
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the method's recipe and defaults; tables nest."""
+    data: str = POCKET
+    count: int | None = None
+    """Cases in the sample; None takes all."""
+    seed: int = 0
+    """Of the sample of cases, and of everything random in the editor."""
+    protocol: Kind = "single"
+    batch: int = 1
+    """Facts written at once."""
+    every: int = 1
+    """A stream is judged on all its facts so far after every so many batches."""
+    stop: Mapping[str, float] = field(default_factory=dict)
+    """Where a stream ends early: `perplexity`, how many times that of the unedited model;
+    `retention`, the least share of earlier edits that must still hold."""
+    metrics: tuple[Protocol, ...] = ("probability",)
+    """Protocols of `errata.measure.score`."""
+    generation: bool = False
+    """Also score free text."""
+    generation_count: int | None = None
+    """Of so many cases at most."""
+    corpus: str | None = None
+    """Ordinary text for the second moments."""
+    corpus_tokens: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `from_dict` reads back."""
+        return {f.name: as_json(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read a unit back."""
+        return cls(**{**values, "metrics": tuple(values["metrics"])})
+
+    def __str__(self) -> str:
+        """Such as `MEMIT on pocket, batches of 16, seed 0`."""
+        how = {"single": "each alone", "batch": f"batches of {self.batch}"}
+        stream = f"a stream of batches of {self.batch}" if self.batch > 1 else "a stream"
+        return f"{self.label} on {self.model}, {how.get(self.protocol, stream)}, seed {self.seed}"
+
+
+SWEPT = {
+    "data": "data",
+    "count": "count",
+    "corpus": "corpus",
+    "corpus_tokens": "corpus_tokens",
+    "generation": "generation",
+    "generation_count": "generation_count",
+    "protocol.kind": "protocol",
+    "protocol.batch": "batch",
+    "protocol.every": "every",
+}
+"""What a sweep may go over, beside `settings.*` -> the unit's field."""
+
+
+def field_of(unit: Mapping[str, Any], name: str) -> Any:
+    """A unit's value by the name that a sweep gives it, such as `settings.target.clamp`.
+
+    None where the unit does not say: a setting left to the method's recipe or default.
+    """
+    found: Any = unit
+    for part in SWEPT.get(name, name).split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def checked(unit: Unit) -> Unit:
+    """The unit in its plainest form: what its protocol does not use is set to the default.
+
+    Raises:
+        ConfigError: its parts contradict each other, or its method has no such setting.
+    """
+    if unit.method == UNEDITED:
+        unit = replace(unit, protocol="single", settings={}, corpus=None, corpus_tokens=None)
+    else:
+        try:
+            config_for(unit.method, unit.model, unit.settings)
+        except ConfigError as error:
+            raise ConfigError(f"editor {unit.label!r}: {error}") from error
+    if unit.protocol == "single":
+        unit = replace(unit, batch=1)
+    if unit.protocol != "sequential":
+        unit = replace(unit, every=1, stop={})
+    if unit.count is not None and unit.batch > unit.count:
+        raise ConfigError(
+            f"a batch of {unit.batch} cannot be made of {unit.count} cases; raise `count` or lower "
+            "`protocol.batch`."
+        )
+    if unit.generation_count is not None and not unit.generation:
+        unit = replace(unit, generation_count=None)
+    return unit

@@ -1,0 +1,251 @@
+"""How far a model is from its answers, with gradient, and what it answers by itself.
+
+One pair of functions for all tasks: a decoder goes on from the prompt, an encoder-decoder answers
+it, an encoder fills in its mask or chooses a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from errata.errors import RequestError, TokenizationError
+from errata.lm.forward import logits_at
+from errata.lm.generate import complete, reply
+from errata.lm.hooks import gathered_input
+from errata.lm.load import LanguageModel
+from errata.lm.tokens import (
+    batches,
+    encode,
+    encode_answers,
+    encode_masked,
+    masked_prompt,
+    pad,
+)
+
+_BATCH_TOKENS = 16384
+_IGNORED = -100
+"""What transformers writes where a row of labels has ended."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model is asked and what it should answer.
+
+    Raises:
+        RequestError: the answer is empty.
+    """
+
+    prompt: str
+    """For a masked-language model, with its mask token at most once: at the end by default."""
+    answer: str
+    """A text; for a classifier its label's name or number."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be answered."""
+        if not self.answer.strip():
+            raise RequestError(f"the answer to {self.prompt!r} is empty.")
+
+
+def losses(lm: LanguageModel, examples: Sequence[Example]) -> Tensor:
+    """Negative log-likelihood (n,) of each answer in nats, averaged over its tokens; with gradient.
+
+    All examples are run in one pass. An encoder-decoder's answer has the special tokens that its
+    tokenizer adds, as in its training: without its end the model would not stop. A masked answer
+    is read with all its tokens masked at once.
+
+    Raises:
+        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
+        RequestError: a classifier has no such label.
+    """
+    if not examples:
+        return torch.zeros(0, device=lm.device)
+    return answer_logits(lm, examples).losses()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model predicts where n answers stand, each token after the true ones before it."""
+
+    rows: Tensor
+    """(m,) which example each place belongs to, ascending; each example has a place."""
+    logits: Tensor
+    """(m, vocabulary) or, of a classifier, (n, labels); with gradient."""
+    wanted: Tensor
+    """(m,) the answer's token or label."""
+
+    def losses(self) -> Tensor:
+        """(n,) negative log-likelihood, averaged over each answer's tokens; in float32 at least."""
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        return self.averaged(functional.cross_entropy(logits, self.wanted, reduction="none"))
+
+    def right(self) -> Tensor:
+        """(n,) whether an answer's every token, or its label, is the top prediction."""
+        return self.averaged((self.logits.argmax(-1) == self.wanted).float()) == 1
+
+    def averaged(self, values: Tensor) -> Tensor:
+        """(n,) the mean of (m,) values over each answer's tokens."""
+        counts = torch.bincount(self.rows)
+        return values.new_zeros(len(counts)).index_add(0, self.rows, values) / counts
+
+    def split(self, count: int) -> tuple[Answers, Answers]:
+        """The first `count` examples, and the others."""
+        cut = int((self.rows < count).sum())
+        return (
+            Answers(self.rows[:cut], self.logits[:cut], self.wanted[:cut]),
+            Answers(self.rows[cut:] - count, self.logits[cut:], self.wanted[cut:]),
+        )
+
+
+def answer_logits(lm: LanguageModel, examples: Sequence[Example]) -> Answers:
+    """The predictions that `losses` reads, of at least one example, in one pass.
+
+    Row i of the pass, of both texts in an encoder-decoder, is example i.
+
+    Raises:
+        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
+        RequestError: a classifier has no such label.
+    """
+    prompts, answers = [e.prompt for e in examples], [e.answer for e in examples]
+    if lm.task == "classify":
+        wanted = torch.tensor([_label(lm, example) for example in examples])
+        rows, logits = torch.arange(len(examples)), _label_logits(lm, encode(lm, prompts))
+    elif lm.kind == "encoder-decoder":
+        rows, logits, wanted = _answered(lm, prompts, answers)
+    else:
+        rows, logits, wanted = _read(lm, prompts, answers)
+    return Answers(rows.to(logits.device), logits, wanted.to(logits.device))
+
+
+def example_batches(
+    lm: LanguageModel, examples: Sequence[Example], max_tokens: int
+) -> list[list[int]]:
+    """Indices of examples of like length, grouped as `batches` does, for one call of `losses` each.
+
+    Raises:
+        TokenizationError: a text is too long.
+    """
+    prompts = encode(lm, [example.prompt for example in examples])
+    answers = encode(lm, [example.answer for example in examples])
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    return batches(lengths, max_tokens)
+
+
+@torch.no_grad()
+def predictions(lm: LanguageModel, prompts: Sequence[str], *, new_tokens: int = 16) -> list[str]:
+    """What the model answers to each prompt, greedily, without blanks around it.
+
+    A classifier gives its label's name; a masked-language model the likeliest token at each mask,
+    which is one at the end of a prompt that has none.
+
+    Args:
+        lm: the model.
+        prompts: what it is asked.
+        new_tokens: at most so many tokens are written, where text is.
+
+    Raises:
+        TokenizationError: a prompt has no token, or is too long.
+    """
+    if lm.kind == "decoder":
+        return [text.strip() for text in complete(lm, prompts, new_tokens=new_tokens)]
+    if lm.task == "fill-mask":
+        prompts = [masked_prompt(lm, prompt) for prompt in prompts]
+    rows = encode(lm, prompts)
+    texts = [""] * len(rows)
+    for group in batches([len(row) for row in rows], _BATCH_TOKENS):
+        some = [rows[index] for index in group]
+        if lm.task == "classify":
+            found = [lm.labels[i] for i in _label_logits(lm, some).argmax(-1).tolist()]
+        elif lm.task == "fill-mask":
+            found = _fillings(lm, some)
+        else:
+            found = reply(lm, some, new_tokens=new_tokens)
+        for index, text in zip(group, found, strict=True):
+            texts[index] = text.strip()
+    return texts
+
+
+_Places = tuple[Tensor, Tensor, Tensor]
+"""For each token of all answers: its example (m,), the logits where it stands, itself (m,)."""
+
+
+def _read(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> _Places:
+    """Answers that stand in the text that the model reads, after the prompt or under masks."""
+    if lm.kind == "decoder":
+        texts = [
+            (text.ids, text.prompt_length - 1, text.answer)
+            for text in encode_answers(lm, prompts, answers)
+        ]
+    else:
+        texts = [
+            (text.ids, text.first, text.answer) for text in encode_masked(lm, prompts, answers)
+        ]
+    rows, columns, wanted = _places([(first, answer) for _, first, answer in texts])
+    batch = pad(lm, [ids for ids, _, _ in texts])
+    return rows, logits_at(lm, batch, rows, columns), wanted
+
+
+def _answered(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> _Places:
+    """Answers that are texts of their own."""
+    batch = pad(lm, encode(lm, prompts))
+    texts = encode(lm, [answer.strip() for answer in answers])
+    added = lm.tokenizer.num_special_tokens_to_add()
+    for text, answer in zip(texts, answers, strict=True):
+        if len(text) <= added:
+            raise TokenizationError(f"the answer {answer!r} has no token of its own.")
+    rows, columns, wanted = _places([(0, text) for text in texts])
+    target = pad(lm, texts)
+    labels = target.ids.masked_fill(target.mask == 0, _IGNORED)
+    network: Any = lm.network
+    with gathered_input(lm.head, rows, columns):
+        logits = network(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            decoder_input_ids=network.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        ).logits
+    return rows, logits, wanted
+
+
+def _places(answers: Sequence[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where answers are predicted: row, column and token of each, from each row's first column."""
+    places = [
+        (row, first + i, token)
+        for row, (first, answer) in enumerate(answers)
+        for i, token in enumerate(answer)
+    ]
+    rows, columns, tokens = torch.tensor(places).T
+    return rows, columns, tokens
+
+
+def _label_logits(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    batch = pad(lm, rows)
+    logits = lm.network(input_ids=batch.ids, attention_mask=batch.mask).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _label(lm: LanguageModel, example: Example) -> int:
+    """A label by its name or, where no label is called so, by its number."""
+    answer = example.answer.strip()
+    if answer in lm.labels:
+        return lm.labels.index(answer)
+    if answer.isdecimal() and int(answer) < len(lm.labels):
+        return int(answer)
+    raise RequestError(
+        f"{lm.name} has no label {answer!r}, wanted for {example.prompt!r}; it has "
+        f"{', '.join(lm.labels)}."
+    )
+
+
+def _fillings(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The likeliest token at each mask, each row's together as text."""
+    batch = pad(lm, rows)
+    at, columns = (batch.ids == lm.tokenizer.mask_token_id).nonzero(as_tuple=True)
+    tokens = logits_at(lm, batch, at, columns).argmax(-1).to(at.device)
+    return [str(lm.tokenizer.decode(tokens[at == row])) for row in range(len(rows))]

@@ -1,0 +1,1 @@
+"""Where a fact lives: numbers, no change to the model."""

@@ -1,0 +1,100 @@
+"""Edit accuracy and drawdown against what their definitions say, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from errata.errors import NotFiniteError
+from errata.lm.load import LanguageModel
+from errata.lm.loss import Example, losses, predictions
+from errata.lm.weights import weight_out_in
+from errata.measure.editing import (
+    Answered,
+    answered,
+    drawdown,
+    edit_accuracy,
+    perplexity_drawdown,
+)
+from tests.lm.families import tiny_lm
+
+
+def said(*right: bool, nll: float = 1.0, tokens: int = 2) -> Answered:
+    return Answered(right, (nll,) * len(right), (tokens,) * len(right))
+
+
+NOTHING = Answered((), (), ())
+
+
+def test_accuracy_is_averaged_within_a_case_first() -> None:
+    found = edit_accuracy([said(True, True, False, False), said(True), NOTHING])
+    assert found is not None and found.mean == 0.75 and found.n == 2
+    assert 0 <= found.low < 0.75 < found.high <= 1
+    assert edit_accuracy([NOTHING]) is None
+
+
+def test_drawdown_is_the_accuracy_lost() -> None:
+    before = [said(True, True), said(True, False), NOTHING]
+    after = [said(True, False), said(False, True), NOTHING]
+    found = drawdown(before, after)
+    assert found is not None and found.mean == 0.25 and found.n == 2
+    gained = drawdown(after, before)
+    assert gained is not None and gained.mean == -0.25
+    assert drawdown([NOTHING], [NOTHING]) is None
+
+
+def test_perplexity_is_that_of_all_tokens() -> None:
+    before = [said(True, nll=1.0, tokens=1), said(True, nll=2.0, tokens=3), NOTHING]
+    after = [said(True, nll=1.5, tokens=1), said(True, nll=2.5, tokens=3), NOTHING]
+    found = perplexity_drawdown(before, after)
+    wanted = math.exp((1.5 + 3 * 2.5) / 4) - math.exp((1 + 3 * 2) / 4)
+    assert found is not None and found.mean == pytest.approx(wanted) and found.n == 2
+    assert found.low < found.mean < found.high
+    assert perplexity_drawdown(before, after) == found  # the bootstrap is seeded
+    alone = perplexity_drawdown(before[:1], after[:1])
+    assert alone is not None and math.isnan(alone.low)
+    assert perplexity_drawdown([NOTHING], [NOTHING]) is None
+
+
+@pytest.mark.parametrize("batch_tokens", [4096, 15])
+def test_it_asks_each_question_by_itself(tiny_gpt2: LanguageModel, batch_tokens: int) -> None:
+    prompts = ["The capital of France is", "Rivers flow to", "Vienna"]
+    texts = [text.split()[0] if text else "" for text in predictions(tiny_gpt2, prompts)]
+    examples = [
+        Example(p, a) for p, a in zip(prompts, ["Paris", "the North Sea", "Rome"], strict=True)
+    ]
+    examples.append(Example(prompts[0], predictions(tiny_gpt2, prompts[:1], new_tokens=1)[0]))
+    assert texts
+    found = answered(tiny_gpt2, examples, batch_tokens=batch_tokens)
+    with torch.no_grad():
+        nll = [float(losses(tiny_gpt2, [example])) for example in examples]
+    assert found.nll == pytest.approx(nll, rel=1e-4)
+    tokens = [len(tiny_gpt2.tokenizer(" " + e.answer)["input_ids"]) for e in examples]
+    assert list(found.tokens) == tokens
+    assert found.right[0] is False
+    if tokens[3] == 1:  # its own top token
+        assert found.right[3] is True
+
+
+def test_a_classifier_is_right_where_its_label_is() -> None:
+    lm = tiny_lm("bert-labels")
+    prompts = ["The capital of France is Paris", "Rivers flow to the sea", "Vienna"]
+    labels = predictions(lm, prompts)
+    others = [next(name for name in lm.labels if name != label) for label in labels]
+    examples = [Example(p, a) for p, a in zip(prompts * 2, labels + others, strict=True)]
+    found = answered(lm, examples)
+    assert found.right == (True,) * 3 + (False,) * 3
+    assert found.tokens == (1,) * 6 and found.accuracy == 0.5
+
+
+def test_a_model_without_finite_numbers_is_refused(tiny_gpt2: LanguageModel) -> None:
+    with torch.no_grad():
+        weight_out_in(tiny_gpt2.mlp_in(0))[0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match="not finite"):
+        answered(tiny_gpt2, [Example("Vienna", "Rome")])
+
+
+def test_nothing_asked_is_nothing_answered(tiny_gpt2: LanguageModel) -> None:
+    assert answered(tiny_gpt2, []) == NOTHING
