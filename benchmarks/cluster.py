@@ -99,6 +99,16 @@ def scoring(bench: Bench, source: Source, places: Places) -> Tensor:
     return torch.tensor([[row["metrics"]["EM"] for row in found.rows]])
 
 
+def only_started(source: Source, places: Places) -> Tensor:
+    """What a worker does before its first item: import, and load the model."""
+    return torch.tensor([done.seconds for done in map_(depth, [source], **places)])
+
+
+def depth(source: Source) -> int:
+    """Blocks of a model."""
+    return source.model().layers
+
+
 MAPS: dict[str, Callable[[Bench, Source, Places], Tensor]] = {
     "units": units,
     "targets": targets,
@@ -115,13 +125,17 @@ def compared(name: str, bench: Bench, on: Where = "processes") -> Iterator[Row]:
         run = partial(MAPS[name], bench, source)
         run(alone)  # keeps moments on disk, which units share
         held("pocket")  # forgets the model, and targets that are remembered with it
+        source.model()
         slow = timed(partial(run, alone))
+        start = timed(partial(only_started, source, {"on": on, "workers": 1})).processor
         for workers in WORKERS:
             fast = timed(partial(run, {"on": on, "workers": workers}))
             clock = slow.seconds / fast.seconds / workers
             told = f"efficiency {clock:.0%} by the clock"
             if on == "processes":  # Ray's workers are not our children
-                told += f", {slow.processor / fast.processor:.0%} by processor time"
+                told += f", {slow.processor / fast.processor:.0%} by processor time; "
+                busy = fast.processor - workers * start
+                told += f"without {start:.1f} s to start each worker, {slow.processor / busy:.0%}"
             yield Row(
                 section=f"cluster-{name}",
                 model=bench.setting.name,

@@ -26,7 +26,7 @@ from errata.editors.background import Background
 from errata.editors.config import EditorConfig
 from errata.editors.editor import Editor
 from errata.edits.archive import Contents, write
-from errata.edits.edit import as_json
+from errata.edits.edit import Edit, as_json
 from errata.edits.weights import base_hash
 from errata.errors import FitError, WrongModelError
 from errata.lm.load import LanguageModel
@@ -120,7 +120,7 @@ class Fitted(Editor):
     @abstractmethod
     def edit(
         self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
-    ) -> Any:
+    ) -> Edit:
         """Compute the change (see `Editor.edit`).
 
         Raises:
@@ -225,7 +225,7 @@ class Trainable(Editor):
 
     def edit(
         self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
-    ) -> Any:
+    ) -> NoReturn:
         """There is no editing without a fit.
 
         Raises:

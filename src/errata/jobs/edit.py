@@ -77,8 +77,7 @@ def edit(
     lm = as_model(model)
     requests = [fact.request if isinstance(fact, Case) else fact for fact in facts]
     if fitted is not None:
-        change: Edit = load_editor(fitted, lm).edit(lm, requests, progress=progress)
-        return change
+        return load_editor(fitted, lm).edit(lm, requests, progress=progress)
     background = background_for(lm, corpus)
     values, advice = with_layers(
         lm, requests, method, settings or {}, background, progress=progress

@@ -66,6 +66,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+def opened(file: Path, lm: LanguageModel) -> FittedMend:
+    editor = load_editor(file, lm)
+    assert isinstance(editor, FittedMend)
+    return editor
+
+
 def one_step(lm: LanguageModel, step: float) -> FittedMend:
     """MEND as it begins, without normalisation: one step of plain gradient descent."""
     config = MendConfig(
@@ -96,7 +102,7 @@ def test_it_learns_to_edit_better_than_a_step_of_gradient_descent(
 
 
 def test_an_edit_is_low_rank_and_nothing_is_left_behind(lm: LanguageModel, fitted: Path) -> None:
-    editor, before = load_editor(fitted, lm), weights(lm)
+    editor, before = opened(fitted, lm), weights(lm)
     edit = editor.edit(lm, REQUESTS[:1])
     assert isinstance(edit, WeightEdit)
     assert same(before, weights(lm)) and not lm.applied
@@ -114,7 +120,7 @@ def test_an_edit_is_low_rank_and_nothing_is_left_behind(lm: LanguageModel, fitte
 
 
 def test_several_requests_change_what_each_would_alone(lm: LanguageModel, fitted: Path) -> None:
-    editor = load_editor(fitted, lm)
+    editor = opened(fitted, lm)
     together = editor.edit(lm, REQUESTS)
     alone = [editor.edit(lm, [request]) for request in REQUESTS]
     for path, change in together.changes.items():
@@ -123,7 +129,7 @@ def test_several_requests_change_what_each_would_alone(lm: LanguageModel, fitted
 
 
 def test_editing_teaches_it_nothing(lm: LanguageModel, fitted: Path) -> None:
-    editor = load_editor(fitted, lm)
+    editor = opened(fitted, lm)
     before = editor.tensors()
     first = editor.edit(lm, REQUESTS)
     second = editor.edit(lm, REQUESTS)
@@ -132,7 +138,7 @@ def test_editing_teaches_it_nothing(lm: LanguageModel, fitted: Path) -> None:
 
 
 def test_a_file_holds_the_very_same_editor(lm: LanguageModel, fitted: Path, tmp_path: Path) -> None:
-    editor = load_editor(fitted, lm)
+    editor = opened(fitted, lm)
     editor.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == fitted.read_bytes()
     assert editor.config == mend(layers=[1, 2, 3]).config
@@ -140,11 +146,11 @@ def test_a_file_holds_the_very_same_editor(lm: LanguageModel, fitted: Path, tmp_
 
 
 def test_it_works_on_a_model_that_is_edited_already(lm: LanguageModel, fitted: Path) -> None:
-    editor = load_editor(fitted, lm)
+    editor = opened(fitted, lm)
     plain = editor.edit(lm, REQUESTS[1:])
     first = editor.edit(lm, REQUESTS[:1])
     first.apply_(lm)
-    second = load_editor(fitted, lm).edit(lm, REQUESTS[1:])
+    second = opened(fitted, lm).edit(lm, REQUESTS[1:])
     assert second.base == first.base  # both are changes of the weights as loaded
     assert not second.equals(plain)  # the gradients are those of the edited model
     second.apply_(lm)
@@ -191,7 +197,7 @@ def test_it_says_to_fit_first(lm: LanguageModel) -> None:
 
 
 def test_contradictions_and_emptiness_are_refused(lm: LanguageModel, fitted: Path) -> None:
-    editor = load_editor(fitted, lm)
+    editor = opened(fitted, lm)
     with pytest.raises(RequestError, match="contradict"):
         editor.edit(lm, [REQUESTS[0], Request(TEMPLATES[0], "France", "Lima")])
     with pytest.raises(RequestError, match="no request"):

@@ -97,6 +97,8 @@ def test_a_fit_goes_on_with_the_same_block(lm: LanguageModel, tmp_path: Path) ->
 def test_it_says_what_is_wrong(lm: LanguageModel) -> None:
     with pytest.raises(FitError, match="errata fit salem"):
         salem().edit(lm, [REQUEST])
+    with pytest.raises(ConfigError, match="finds its blocks when it is fitted"):
+        salem().layers(lm)
     with pytest.raises(ConfigError, match="count must be positive"):
         salem(count=0)
     with pytest.raises(ConfigError, match="cannot choose 9 layers"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from errata.editors.hypernet.network import NetworkConfig, NetworkEditor, fit_network
 from errata.editors.hypernet.objective import wordings
 from errata.editors.trainable import Fit, Trainable, TrainingCases
+from errata.errors import ConfigError
 from errata.lm.load import LanguageModel
 from errata.locate.saliency import Saliency, saliency
 from errata.progress import Progress, silent
@@ -47,6 +48,16 @@ class Salem(Trainable):
 
     name = "salem"
     config: SalemConfig
+
+    def layers(self, lm: LanguageModel) -> tuple[int, ...]:
+        """The blocks to edit, where they are named.
+
+        Raises:
+            ConfigError: they are not, or one is beyond the model's depth.
+        """
+        if not self.config.layers:
+            raise ConfigError("salem finds its blocks when it is fitted; it has none before that.")
+        return super().layers(lm)
 
     def fit(
         self,
