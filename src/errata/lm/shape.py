@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils.hub import cached_file
 
 from errata.errors import ErrataError
 from errata.lm.anatomy import anatomy_of
@@ -45,7 +45,7 @@ def is_here(name: str) -> bool:
     if name in POCKET or Path(name).is_dir():
         return True
     weights = ("model.safetensors", "model.safetensors.index.json")
-    return any(isinstance(_fetched(name, file), str) for file in weights)
+    return any(_fetched(name, file) for file in weights)
 
 
 def shape_named(name: str) -> Shape | None:
@@ -73,8 +73,8 @@ def _shape(config: PretrainedConfig) -> Shape:
     )
 
 
-def _fetched(name: str, file: str) -> object:
+def _fetched(name: str, file: str) -> bool:
     try:
-        return try_to_load_from_cache(name, file)
-    except ValueError:  # no name that the Hub could have
-        return None
+        return cached_file(name, file, local_files_only=True) is not None
+    except (OSError, ValueError):  # it is not there, or that is no name that the Hub could have
+        return False

@@ -31,7 +31,7 @@ from errata.editors.contexts import Contexts
 from errata.editors.editor import Editor
 from errata.edits.edit import Record
 from errata.edits.weights import WeightEdit
-from errata.errors import ConfigError, RequestError, TargetError
+from errata.errors import ConfigError, TargetError
 from errata.lm.load import LanguageModel
 from errata.lm.loss import predictions
 from errata.lm.tokens import encode_answers, encode_masked
@@ -129,8 +129,11 @@ class KnowledgeNeurons(Editor):
         told: dict[str, list[Neuron]] = {}
         failures: list[str] = []
         for done, request in enumerate(requests, 1):
-            old = request.true or _said(lm, request)
-            if neurons := self._neurons(lm, request, old):
+            # What an encoder fills in, or a decoder's next token, may be no text by itself.
+            old = request.true or predictions(lm, [request.text], new_tokens=1)[0]
+            if not old:
+                failures.append(f"{request.text!r}: the model says nothing readable; give `true`")
+            elif neurons := self._neurons(lm, request, old):
                 told[request.text] = neurons
                 self._move(lm, request, old, neurons, moves)
             else:
@@ -232,18 +235,3 @@ def _factors(gains: Mapping[int, Tensor], width: int) -> LowRank:
     right = torch.zeros(len(indices), width, device=left.device)
     right[range(len(indices)), indices] = 1.0
     return LowRank(left, right)
-
-
-def _said(lm: LanguageModel, request: Request) -> str:
-    """What the model says today: its likeliest next token, or what it fills in.
-
-    Raises:
-        RequestError: that is no text.
-    """
-    [said] = predictions(lm, [request.text], new_tokens=1)
-    if not said:
-        raise RequestError(
-            f"{lm.name} says nothing readable after {request.text!r}, so there is nothing whose "
-            "neurons could be found; give what it says today as `true`."
-        )
-    return said
