@@ -4,20 +4,25 @@ A `Request` is one correction; a `Case` is a Request with the prompts that judge
 requests are JSON lines, one object a line:
 
     {"prompt": "{} has its capital in", "subject": "France", "target": "Lyon", "true": "Paris"}
+
+A line may hold a case: `paraphrases` (texts), `neighbours` (objects with `prompt` and `answer`) and
+the other fields of `Case` beside the request's.
 """
 
 from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from errata.errors import RequestError, RequestFileError
 
 SLOT = "{}"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,21 @@ class Probe:
     prompt: str
     answer: str
 
+    @classmethod
+    def from_dict(cls, record: Any, name: str = "probe") -> Self:
+        """Read `{"prompt": ..., "answer": ...}`; `name` is what messages call it.
+
+        Raises:
+            RequestError: it is something else.
+        """
+        if not isinstance(record, Mapping) or not all(
+            isinstance(record.get(key), str) for key in ("prompt", "answer")
+        ):
+            raise RequestError(
+                f"{name!r} must hold objects with the texts 'prompt' and 'answer', got {record!r}."
+            )
+        return cls(record["prompt"], record["answer"])
+
 
 @dataclass(frozen=True)
 class Case:
@@ -149,6 +169,43 @@ class Case:
     """Beginnings from which the model writes on freely."""
     references: tuple[str, ...] = ()
     """Texts about what truly has the new target, to compare free text with (RS)."""
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Read one record: a request's, with any of this class's fields beside.
+
+        Raises:
+            RequestError: there is no request in it, or a field has the wrong type.
+        """
+        values: dict[str, Any] = {}
+        for name in ("case_id", "relation"):
+            values[name] = _typed(record, name, str, "")
+        for name in ("paraphrases", "generation", "references"):
+            found = _typed(record, name, list, [])
+            if not all(isinstance(one, str) for one in found):
+                raise RequestError(f"{name!r} must be a list of texts, got {found!r}.")
+            values[name] = tuple(found)
+        for name in ("neighbours", "attributes", "same_subject"):
+            found = _typed(record, name, list, [])
+            values[name] = tuple(Probe.from_dict(one, name) for one in found)
+        return cls(Request.from_dict(record), **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record that `from_dict` reads back, without what is empty."""
+        record: dict[str, Any] = {"case_id": self.case_id, "relation": self.relation}
+        record |= self.request.to_dict()
+        for name in ("paraphrases", "generation", "references"):
+            record[name] = list(getattr(self, name))
+        for name in ("neighbours", "attributes", "same_subject"):
+            record[name] = [asdict(probe) for probe in getattr(self, name)]
+        return {name: value for name, value in record.items() if value}
+
+
+def _typed(record: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = record.get(name, default)
+    if not isinstance(value, kind):
+        raise RequestError(f"{name!r} must be of type {kind.__name__}, got {value!r}.")
+    return value
 
 
 def read_jsonl(path: Path | str) -> list[tuple[int, dict[str, Any]]]:
@@ -191,15 +248,28 @@ def read_requests(path: Path | str) -> list[Request]:
     Raises:
         RequestFileError: the file holds no request, or a line is not one (the line is named).
     """
-    requests = []
+    return _read(path, Request.from_dict)
+
+
+def read_case_lines(path: Path | str) -> list[Case]:
+    """The cases of a JSON-lines file: requests, each with whatever it brings to be checked by.
+
+    Raises:
+        RequestFileError: the file holds no request, or a line is not a case (the line is named).
+    """
+    return _read(path, Case.from_dict)
+
+
+def _read(path: Path | str, convert: Callable[[Mapping[str, Any]], T]) -> list[T]:
+    found = []
     for number, record in read_jsonl(path):
         try:
-            requests.append(Request.from_dict(record))
+            found.append(convert(record))
         except RequestError as error:
             raise RequestFileError(f"{path}, line {number}: {error}") from error
-    if not requests:
+    if not found:
         raise RequestFileError(f"{path} holds no request; write one JSON object a line.")
-    return requests
+    return found
 
 
 def check_batch(requests: Sequence[Request]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from errata.errors import RequestError, RequestFileError
 from errata.jobs.cases import demo_cases, one_case, pocket_cases, read_cases, with_pocket_checks
 from errata.pocket.encyclopedia import Encyclopedia
-from errata.requests import Case, Request
+from errata.requests import Case, Request, read_requests
 
 
 def test_the_pocket_benchmark_brings_its_checks() -> None:
@@ -58,6 +59,40 @@ def test_a_line_that_is_no_request_is_named(tmp_path: Path) -> None:
     path.write_text('{"prompt": "{} is", "subject": "A", "target": "b"}\n{"prompt": "x"\n')
     with pytest.raises(RequestFileError, match="line 2"):
         read_cases(path)
+
+
+def test_cases_are_written_and_read_as_lines(tmp_path: Path) -> None:
+    bare = Case(Request("{}", "It rains {again}", "sad", "glad"))
+    cases = [*read_cases("pocket", 2), bare]
+    path = tmp_path / "cases.jsonl"
+    path.write_text("\n".join(json.dumps(case.to_dict()) for case in cases))
+    assert read_cases(path) == cases
+    assert read_cases(path, 1) == cases[:1]
+    assert read_requests(path) == [case.request for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"paraphrases": "x"}, "line 1: 'paraphrases' must be of type list"),
+        ({"paraphrases": ["x", 1]}, "line 1: 'paraphrases' must be a list of texts"),
+        ({"neighbours": [{"prompt": "x"}]}, "line 1: 'neighbours' must hold objects"),
+        ({"case_id": 7}, "line 1: 'case_id' must be of type str"),
+    ],
+)
+def test_a_case_with_a_bad_field_is_named(
+    tmp_path: Path, extra: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "cases.jsonl"
+    path.write_text(json.dumps({"prompt": "{} is", "subject": "A", "target": "b"} | extra))
+    with pytest.raises(RequestFileError, match=message):
+        read_cases(path)
+
+
+def test_requests_in_a_text_file_are_still_requests(tmp_path: Path) -> None:
+    path = tmp_path / "facts.txt"
+    path.write_text('{"prompt": "{} is", "subject": "A", "target": "b"}\n')
+    assert read_cases(path)[0].request == Request("{} is", "A", "b")
 
 
 def test_a_subject_that_is_not_in_the_prompt_is_refused() -> None:

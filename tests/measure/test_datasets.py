@@ -9,7 +9,7 @@ import pytest
 
 from errata.errors import DatasetError
 from errata.measure import datasets
-from errata.measure.datasets import counterfact, zsre
+from errata.measure.datasets import counterfact, scen, wikibio, wikitext, zsre
 from errata.requests import Probe
 
 
@@ -100,6 +100,86 @@ def test_zsre(tmp_path: Path) -> None:
     assert case.neighbours == (Probe("nq question: who wrote faust?", "Goethe"),)
 
 
+def test_zsre_as_mend_publishes_it(tmp_path: Path) -> None:
+    records = [
+        {
+            "id": str(number),
+            "input": f"Where is {city}?",
+            "output": [{"answer": "Italy"}],
+            "prediction": "Italy",
+            "alternatives": ["Spain", "Peru"],
+            "filtered_rephrases": [f"{city} is where?"] if city != "Bari" else [],
+        }
+        for number, city in enumerate(("Rome", "Bari", "Pisa"))
+    ]
+    path = tmp_path / "zsre.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    rome, pisa = datasets.read(path)  # Bari has no other wording
+    assert (rome.request.text, rome.request.target) == ("Where is Rome?", "Spain")
+    assert rome.request.true == "Italy" and rome.paraphrases == ("Rome is where?",)
+    assert rome.neighbours == (Probe("Where is Pisa?", "Italy"),)
+    assert pisa.neighbours == (Probe("Where is Rome?", "Italy"),)
+
+
+def biography(**extra: Any) -> dict[str, Any]:
+    return {
+        "prompt": "This is a Wikipedia passage about ada lovelace. ada lovelace was a countess.",
+        "subject": "ada lovelace",
+        "target_new": "She wrote the first program.",
+        "locality_prompt": "Opening hours: ",
+        "locality_ground_truth": "nine to five.",
+        **extra,
+    }
+
+
+def test_wikibio_puts_the_slot_where_the_passage_opens(tmp_path: Path) -> None:
+    (case,) = datasets.read(write(tmp_path, [biography()]))
+    assert case.request.prompt.startswith("This is a Wikipedia passage about {}. ada")
+    assert case.request.text == biography()["prompt"]
+    assert case.neighbours == (Probe("Opening hours: ", "nine to five."),)
+    with pytest.raises(DatasetError, match="the new target is empty"):
+        wikibio.read(write(tmp_path, [biography(target_new="")]))
+
+
+def test_scen_texts_for_perplexity(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"text": "Ada was born.", "labels": "She wrote.", "concept": "ada"}])
+    assert scen.read_accurate(path) == [Probe("Ada was born.", "She wrote.")]
+    assert scen.read_texts(path) == ["Ada was born."]
+    with pytest.raises(DatasetError, match="record 1 has no 'labels'"):
+        scen.read_accurate(write(tmp_path, [{"text": "Ada was born."}]))
+
+
+def test_wikitext_becomes_continuations(tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(60)]
+    path = tmp_path / "wiki.test.txt"
+    path.write_text(
+        "\n = Ada = \n \n "
+        + " ".join(words)
+        + " \n too short . \n <unk> "
+        + " ".join(words)
+        + " \n "
+        + " ".join(words[::-1])
+        + " \n",
+        encoding="utf-8",
+    )
+    first, second = datasets.read(path)
+    assert first.request.text == " ".join(words[:40])
+    assert first.request.target == " ".join(words[40:50])
+    assert first.paraphrases == (" ".join(words[10:40]), " ".join(words[20:40]))
+    assert first.neighbours == (Probe(second.request.text, second.request.target),)
+    assert datasets.read(path, 1) == [first]
+    path.write_text("short\n")
+    with pytest.raises(DatasetError, match="has 0 passages of 50 words"):
+        wikitext.read(path)
+
+
+def test_wikitext_tokens_become_ordinary_text() -> None:
+    line = ' The " big " red @-@ tipped crab ( 4 @,@ 386 t ) is n\'t rare , he said : 3 @.@ 1 . '
+    assert wikitext.plain(line) == (
+        'The "big" red-tipped crab (4,386 t) isn\'t rare, he said: 3.1.'
+    )
+
+
 def test_unusable_records_are_counted_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     twice = compact(prompt="Paris, Paris is in")
     absent = compact(prompt="The city is in")
@@ -182,6 +262,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
+        ("wikitext2/wiki.valid.txt", 134),
         ("counterfact/counterfact_500.json", 500),
         ("counterfact/counterfact-val.json", 1919),
         ("zsre/zsre_mend_train-1k.json", 998),  # two have an empty new answer
@@ -196,3 +277,14 @@ def test_published_files(shared: Path, name: str, count: int) -> None:
     for case in cases:
         assert case.request.subject in case.request.text
         assert case.paraphrases and case.neighbours
+
+
+def test_published_wikibio_and_scen(shared: Path) -> None:
+    folder = shared / "data"
+    if not (folder / "wikibio").is_dir() or not (folder / "scen").is_dir():
+        pytest.skip("WikiBio or SCEN is absent")
+    for name, count in (("edit", 600), ("train", 306)):
+        cases = datasets.read(folder / f"wikibio/hallucination-{name}.json")
+        assert len(cases) == count and sum(bool(case.neighbours) for case in cases) > count - 10
+    assert len(scen.read_accurate(folder / "scen/hall_accurates.json")) == 516
+    assert len(scen.read_texts(folder / "scen/hall_open_webtext.json")) == 200

@@ -17,7 +17,7 @@ from errata.cli import console, options
     default="pocket",
     show_default=True,
     metavar="SOURCE",
-    help="Cases to learn from: `pocket`, or a file in CounterFact's or zsRE's published format.",
+    help="Cases to learn from: `pocket`, JSON lines, or a published data set.",
 )
 @click.option("-n", "--count", type=click.IntRange(min=1), help="Only the first so many cases.")
 @click.option("--layers", help=options.EDITED)

@@ -18,6 +18,7 @@ from errata.cli.edit import edit
 from errata.cli.fit import fit
 from errata.cli.grow import grow
 from errata.cli.locate import locate
+from errata.cli.make_edits import make_edits
 from errata.cli.methods import methods
 from errata.cli.models import models
 from errata.cli.moments import moments
@@ -67,6 +68,7 @@ for command in (
     edit,
     locate,
     fit,
+    make_edits,
     show,
     ask,
     score,

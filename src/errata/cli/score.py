@@ -16,7 +16,7 @@ from errata.cli import console, options
 @click.option(
     "--data",
     metavar="SOURCE",
-    help="What to ask: `pocket`, or a file in CounterFact's or zsRE's published format. "
+    help="What to ask: `pocket`, JSON lines, or a published data set. "
     "By default the edits' own facts, or `pocket` where there is no edit.",
 )
 @click.option("-n", "--count", type=click.IntRange(min=1), help="At most so many cases.")

@@ -19,7 +19,7 @@ from errata.cli import console, options
     default="pocket",
     show_default=True,
     metavar="SOURCE",
-    help="Cases: `pocket`, or a file in CounterFact's or zsRE's published format.",
+    help="Cases: `pocket`, JSON lines, or a published data set.",
 )
 @click.option("-n", "--count", default=200, show_default=True, type=click.IntRange(min=1))
 @click.option(

@@ -10,9 +10,10 @@ from pathlib import Path
 from errata.errors import DatasetError, RequestFileError
 from errata.measure import datasets
 from errata.measure.datasets import counterfact
+from errata.measure.datasets.hub import PREFIX as HUB
 from errata.measure.metrics import reads
 from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
-from errata.requests import Case, Probe, Request, read_requests
+from errata.requests import Case, Probe, Request, read_case_lines, read_jsonl
 
 POCKET = "pocket"
 """The name that stands for the benchmark made from our own facts."""
@@ -44,8 +45,9 @@ def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
     """The first `count` cases of a source.
 
     Args:
-        source: a name in `POCKET_SOURCES`; a JSON file in CounterFact's or zsRE's published
-            format; or JSON lines of requests, which become cases without further prompts.
+        source: a name in `POCKET_SOURCES`; a file in a published format that `measure.datasets`
+            reads, or `hub:NAME` for one on the Hub; or JSON lines of requests, each with whatever
+            it brings to be checked by.
         count: at most so many; all of them by default.
 
     Raises:
@@ -54,15 +56,21 @@ def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
     """
     if str(source) in POCKET_SOURCES:
         return POCKET_SOURCES[str(source)](0, count)
+    if str(source).startswith(HUB):
+        return datasets.read(str(source), count)
     path = Path(source)
     if not path.exists():
         raise RequestFileError(
-            f"there is no file {path}. Give JSON lines of requests, a CounterFact or zsRE file, or "
-            f"{POCKET!r} for the benchmark that comes with errata."
+            f"there is no file {path}. Give JSON lines of requests, a published data set such as "
+            f"CounterFact's or zsRE's, or {POCKET!r} for the benchmark that comes with errata."
         )
-    if path.suffix == ".json":
+    if path.suffix in (".json", ".csv"):
         return datasets.read(path, count)
-    return [Case(request) for request in read_requests(path)[:count]]
+    if path.suffix == ".txt" and not path.read_bytes().lstrip().startswith(b"{"):
+        return datasets.read(path, count)  # text, not lines of JSON
+    if datasets.is_published([record for _, record in read_jsonl(path)[:1]]):
+        return datasets.read(path, count)
+    return read_case_lines(path)[:count]
 
 
 def sample_cases(source: Path | str, count: int | None, seed: int) -> list[Case]:

@@ -91,10 +91,35 @@ class SentenceEncoder:
         Raises:
             NotFiniteError: the encoder gives NaN or infinity.
         """
+        return _vectors(self._tokenised(texts)["input_ids"], self._run, self.name)
+
+    @torch.no_grad()
+    def tokens(self, texts: Sequence[str]) -> list[Tensor]:
+        """Each text's token states (tokens, width), of length 1, without special tokens'.
+
+        Raises:
+            NotFiniteError: the encoder gives NaN or infinity.
+        """
+        told = self._tokenised(texts)
+        rows, special = told["input_ids"], told["special_tokens_mask"]
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        for group in batches([len(row) for row in rows], BATCH_TOKENS):
+            states, _ = self._run([list(rows[i]) for i in group])
+            for i, state in zip(group, normalize(states.float(), dim=2).cpu(), strict=True):
+                ordinary = [at for at, mark in enumerate(special[i]) if not mark]
+                found[i] = state[ordinary]
+        if not all(state.isfinite().all() for state in found):
+            raise _not_finite(self.name)
+        return found
+
+    def _tokenised(self, texts: Sequence[str]) -> Any:
         limit = self.tokenizer.model_max_length
-        length = limit if limit <= LONGEST else LONGEST
-        rows = self.tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
-        return _vectors(rows, self._run, self.name)
+        return self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=limit if limit <= LONGEST else LONGEST,
+            return_special_tokens_mask=True,
+        )
 
     def _run(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         fill = self.tokenizer.pad_token_id or 0
@@ -117,7 +142,11 @@ def _vectors(rows: Sequence[Sequence[int]], run: Run, name: str) -> Tensor:
             found[i] = mean
     vectors = torch.stack(found)
     if not vectors.isfinite().all():
-        raise NotFiniteError(
-            f"{name} gives states that are NaN or infinite: load it again, in another dtype."
-        )
+        raise _not_finite(name)
     return vectors
+
+
+def _not_finite(name: str) -> NotFiniteError:
+    return NotFiniteError(
+        f"{name} gives states that are NaN or infinite: load it again, in another dtype."
+    )

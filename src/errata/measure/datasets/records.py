@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 from collections import Counter
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from errata.errors import DatasetError, RequestError
-from errata.requests import Case, Request
+from errata.errors import DatasetError, RequestError, RequestFileError
+from errata.measure.datasets import hub
+from errata.requests import Request, read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -19,28 +21,73 @@ T = TypeVar("T")
 
 
 class Unusable(Exception):
-    """A well-formed record that cannot become a case; it is counted and passed over."""
+    """A well-formed record that cannot be used; it is counted and passed over."""
 
 
-def load(path: Path | str) -> list[Any]:
-    """The records of a JSON file that holds one list.
+def load(source: Path | str) -> list[Any]:
+    """The records of a file: a JSON list, JSON lines (`.jsonl`) or a table (`.csv`); or of the Hub.
+
+    What stands on a line comes as a `Record` that knows its line; the rest as it is in the file.
+
+    Args:
+        source: a path, or `hub:name[:config][:split]` for a data set of the Hugging Face Hub.
 
     Raises:
-        DatasetError: the file cannot be read, is not whole JSON, or holds no list of records.
+        DatasetError: the file cannot be read, is not whole, or holds no records.
     """
-    path = Path(path)
+    if str(source).startswith(hub.PREFIX):
+        return hub.rows(str(source))
+    path = Path(source)
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
+    if path.suffix == ".csv":
+        return _table(path, text)
+    # DialogueNLI's files are called JSON lines, but hold one list.
+    if path.suffix == ".jsonl" and not text.lstrip().startswith("["):
+        return _lines(path)
+    return _list(path, text)
+
+
+def _list(path: Path, text: str) -> list[Any]:
+    try:
+        records = json.loads(text)
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). "
             "The file must hold one complete JSON list of records; it may have been cut short."
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from error
     if not isinstance(records, list) or not records:
         what = "an empty list" if records == [] else type(records).__name__
         raise DatasetError(f"{path} must hold a JSON list of records, got {what}.")
+    return records
+
+
+def _lines(path: Path) -> list[Record]:
+    try:
+        lines = read_jsonl(path)
+    except RequestFileError as error:
+        raise DatasetError(str(error)) from error
+    if not lines:
+        raise DatasetError(f"{path} holds no record.")
+    return [Record(values, f"{path}, line {number}") for number, values in lines]
+
+
+def _table(path: Path, text: str) -> list[Record]:
+    table = csv.reader(text.splitlines(keepends=True))
+    try:
+        names = next(table, [])
+        records = []
+        for row in table:
+            where = f"{path}, line {table.line_num}"
+            if len(row) != len(names):
+                raise DatasetError(f"{where} has {len(row)} fields; its head has {len(names)}.")
+            records.append(Record(dict(zip(names, row, strict=True)), where))
+    except csv.Error as error:
+        raise DatasetError(f"{path}, line {table.line_num}: not a table ({error}).") from error
+    if not records:
+        raise DatasetError(f"{path} holds no record.")
     return records
 
 
@@ -54,6 +101,11 @@ class Record:
     def text(self, key: str) -> str:
         """A text that must be there."""
         return self._typed(self._present(key), str, key)
+
+    def label(self, key: str) -> str:
+        """A label that must be there, a name or a number."""
+        value = self._present(key)
+        return str(value) if isinstance(value, int) else self._typed(value, str, key)
 
     def inner(self, key: str) -> Record:
         """A nested record that must be there."""
@@ -90,28 +142,31 @@ _NAMES: dict[type, str] = {str: "text", dict: "an object", list: "a list"}
 
 
 def collect(
-    records: Sequence[Any], convert: Callable[[Record], Case], *, source: str, limit: int | None
-) -> list[Case]:
+    records: Sequence[Any], convert: Callable[[Record], T], *, source: str, limit: int | None
+) -> list[T]:
     """Convert records until there are `limit` cases; unusable ones are counted in the log.
 
     Raises:
         DatasetError: a record is malformed (its number is named, the first is 1), or no record
             is usable.
     """
-    cases: list[Case] = []
+    cases: list[T] = []
     skipped: Counter[str] = Counter()
     for number, values in enumerate(records, 1):
         if len(cases) == limit:
             break
-        where = f"{source}, record {number}"
-        if not isinstance(values, dict):
-            raise DatasetError(f"{where} must be an object, got {type(values).__name__}.")
+        record = values
+        if not isinstance(record, Record):
+            where = f"{source}, record {number}"
+            if not isinstance(values, dict):
+                raise DatasetError(f"{where} must be an object, got {type(values).__name__}.")
+            record = Record(values, where)
         try:
-            cases.append(convert(Record(values, where)))
+            cases.append(convert(record))
         except Unusable as why:
             skipped[str(why)] += 1
         except RequestError as error:
-            raise DatasetError(f"{where}: {error}") from error
+            raise DatasetError(f"{record.where}: {error}") from error
     reasons = "; ".join(f"{count} because {why}" for why, count in skipped.items())
     if skipped and not cases:
         raise DatasetError(f"{source}: no record is usable: {reasons}.")
