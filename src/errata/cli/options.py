@@ -58,8 +58,8 @@ def fact_options(command: F) -> F:
             click.option(
                 "--cases",
                 metavar="SOURCE",
-                help="Instead of FACTS: facts that bring their own checks. `pocket`, JSON lines, or "
-                "a published data set.",
+                help="Instead of FACTS: facts that bring their own checks. `pocket`, JSON lines, "
+                "or a published data set.",
             ),
             click.option(
                 "-n", "--count", type=click.IntRange(min=1), help="Only the first so many facts."
