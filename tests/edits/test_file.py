@@ -148,7 +148,9 @@ def test_altered_metadata(
 
 def test_an_unknown_kind(tmp_path: Path) -> None:
     archive.write(tmp_path / "e.safetensors", archive.Contents("dream", {}, {"x": torch.ones(1)}))
-    with pytest.raises(EditFileError, match=r"'dream' is unknown; this errata reads \['stack', 'w"):
+    with pytest.raises(
+        EditFileError, match=r"'dream' is unknown; this errata reads \['memory', 'stack"
+    ):
         load_edit(tmp_path / "e.safetensors")
 
 

@@ -91,7 +91,7 @@ def test_paddings_side_does_not_matter(tiny_lm: LanguageModel) -> None:
 
 def test_one_row_answers_for_all_pairs_that_it_covers() -> None:
     sequences = [(1, 2), (1, 2, 3), (4,), (1, 2), (1,), (1, 2, 5)]
-    rows, row_of = _shared_rows(sequences)
+    rows, row_of = _shared_rows(sequences, [()] * len(sequences))
     assert sorted(rows) == [(1, 2, 3), (1, 2, 5), (4,)]
     for sequence, row in zip(sequences, row_of, strict=True):
         assert rows[row][: len(sequence)] == sequence

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from errata.edits.archive import Contents, read
 from errata.edits.edit import Edit, Record
+from errata.edits.memory import MemoryEdit
 from errata.edits.stack import Stack
 from errata.edits.weights import WeightEdit
 from errata.errors import EditFileError, RequestError
@@ -49,5 +50,6 @@ def _stack(contents: Contents) -> Stack:
 
 KINDS: dict[str, Callable[[Contents], Edit]] = {  # the kind in a file -> who builds the edit
     "weight": WeightEdit.from_contents,
+    "memory": MemoryEdit.from_contents,
     "stack": _stack,
 }

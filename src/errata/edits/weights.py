@@ -108,9 +108,7 @@ class WeightEdit(Edit):
             WrongModelError: a matrix is missing, of another shape or (without `force`) has other
                 numbers than those that the edit was made for.
         """
-        made_for = f"{self} was made for {self.record.model!r}"
-        if self.record.dtype:
-            made_for += f" in {self.record.dtype}"
+        made_for = whose(self)
         for path, change in self.changes.items():
             shape = _shape(lm, path)
             if shape != change.shape:
@@ -118,17 +116,7 @@ class WeightEdit(Edit):
                 raise WrongModelError(f"{made_for}; it does not fit {lm.name!r}: at {path}, {has}.")
             if not change.is_finite():
                 raise NotFiniteError(f"{self} holds NaN or infinity for {path}; make it anew.")
-        for path, digest in self.base.items():
-            if base_hash(lm, path) == digest:
-                continue
-            dtype = str(weight_out_in(lm.module(path)).dtype).removeprefix("torch.")
-            sentence = f"{made_for}, and {path} of {lm.name!r} in {dtype} holds other weights"
-            if not force:
-                raise WrongModelError(
-                    f"{sentence}; load the model that it was made for, in the same dtype, or "
-                    "force it."
-                )
-            logger.warning("%s; applied all the same, as forced.", sentence)
+        refuse_other_weights(self, self.base, lm, force=force)
 
     def equals(self, other: object) -> bool:
         """Whether the other is this edit: the same, or equal in all but scores (to float32)."""
@@ -183,6 +171,34 @@ def base_hash(lm: LanguageModel, path: str) -> str:
     if not hasattr(kept, _HASH):  # our own copy, which never changes: hashed once
         setattr(kept, _HASH, weight_hash(kept))
     return str(getattr(kept, _HASH))
+
+
+def refuse_other_weights(
+    edit: Edit, base: Mapping[str, str], lm: LanguageModel, *, force: bool
+) -> None:
+    """Refuse an edit on a model whose weights have other hashes than those it was made for.
+
+    With `force` it is a logged warning.
+
+    Raises:
+        WrongModelError: a weight holds other numbers.
+    """
+    for path, digest in base.items():
+        if base_hash(lm, path) == digest:
+            continue
+        dtype = str(weight_out_in(lm.module(path)).dtype).removeprefix("torch.")
+        sentence = f"{whose(edit)}, and {path} of {lm.name!r} in {dtype} holds other weights"
+        if not force:
+            raise WrongModelError(
+                f"{sentence}; load the model that it was made for, in the same dtype, or force it."
+            )
+        logger.warning("%s; applied all the same, as forced.", sentence)
+
+
+def whose(edit: Edit) -> str:
+    """How a refusal begins: which edit it is, and the model that it was made for."""
+    dtype = f" in {edit.record.dtype}" if edit.record.dtype else ""
+    return f"{edit} was made for {edit.record.model!r}{dtype}"
 
 
 def take_back_(lm: LanguageModel, edits: Sequence[WeightEdit]) -> None:

@@ -13,7 +13,8 @@ from errata.edits.edit import Edit
 from errata.edits.file import load_edit
 from errata.edits.lora import to_lora
 from errata.edits.stack import Stack, weight_changes
-from errata.errors import ModelLoadError, StorageError
+from errata.edits.weights import WeightEdit
+from errata.errors import ConfigError, ModelLoadError, StorageError
 from errata.jobs.files import make_folder
 from errata.jobs.models import Model, as_model
 from errata.jobs.record import Change
@@ -111,9 +112,16 @@ def apply(
         EditFileError: a file is no edit.
         StorageError: the folder is not empty or cannot be written.
         WrongModelError: an edit was made for another model.
+        ConfigError: an edit lies beside the weights, where a folder of weights cannot hold it.
     """
     out = Path(out)
     edit = load_all(files)
+    for part in edit.parts:
+        if not isinstance(part, WeightEdit):
+            raise ConfigError(
+                f"{part} lies beside the model's weights and changes none, so a folder of weights "
+                "cannot hold it. Keep its file and apply it to the model when you load it."
+            )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out} exists already. Name a new folder, so that nothing is lost.")
     make_folder(out.parent)

@@ -26,16 +26,35 @@ from errata.lm.hooks import (
     stopped_after,
 )
 from errata.lm.load import LanguageModel
+from errata.lm.prompts import asked
 from errata.lm.tokens import Batch, pad
 
 
-def logits_at(lm: LanguageModel, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+def logits_at(
+    lm: LanguageModel,
+    batch: Batch,
+    rows: Tensor,
+    columns: Tensor,
+    ends: Sequence[int] | None = None,
+) -> Tensor:
     """Logits (m, vocab) at m positions (row, column) of a right-padded batch.
 
     An encoder-decoder has no logits there: its answer is a text of its own (see `loss`).
+
+    Args:
+        lm: the model.
+        batch: n rows of tokens.
+        rows: (m,) rows.
+        columns: (m,) columns.
+        ends: the column of each row's last prompt token. None says nothing of prompts: for passes
+            that look into a model, which one with a memory on it refuses (`errata.lm.prompts`).
+
+    Raises:
+        HookError: nothing is said of prompts, and a memory on the model asks for them.
     """
     assert lm.kind != "encoder-decoder"
-    with gathered_input(lm.head, rows, columns):
+    known = nullcontext() if ends is None else asked(lm, ends)
+    with known, gathered_input(lm.head, rows, columns):
         logits = lm.network(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     assert isinstance(logits, Tensor)
     return logits

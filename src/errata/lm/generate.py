@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from errata.errors import NotFiniteError, TokenizationError
 from errata.lm.hooks import gathered_input
 from errata.lm.load import LanguageModel
+from errata.lm.prompts import asked
 from errata.lm.tokens import encode, pad
 
 _PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -63,9 +64,7 @@ def complete(
                 f"for text: {lm.name} reads {lm.max_length}."
             )
     generator = torch.Generator(device=lm.device).manual_seed(seed)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for begin in range(0, len(order), batch_rows):
-        group = order[begin : begin + batch_rows]
+    for group in _groups(lm, [len(row) for row in rows], batch_rows):
         limits = [new_tokens if total_tokens else len(rows[i]) + new_tokens for i in group]
         limits = [min(limit, lm.max_length) for limit in limits]
         written = _write(lm, [rows[i] for i in group], limits, top_k, generator)
@@ -86,23 +85,25 @@ def reply(lm: LanguageModel, rows: Sequence[Sequence[int]], *, new_tokens: int) 
     assert lm.kind == "encoder-decoder"
     network: Any = lm.network
     batch, ends = pad(lm, rows), _ends(lm)
-    read = network.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask)
     ids = batch.ids.new_full((len(rows), 1), lm.config.decoder_start_token_id)
     text, cache = ids[:, 1:], None
     going = torch.ones(len(rows), dtype=torch.bool, device=lm.device)
-    while going.any() and text.shape[1] < min(new_tokens, lm.max_length):
-        said = network(
-            encoder_outputs=read,
-            attention_mask=batch.mask,
-            decoder_input_ids=ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits, cache = said.logits[:, -1].to(lm.device), said.past_key_values
-        _check(lm, logits)
-        ids = logits.argmax(dim=1, keepdim=True)
-        text = torch.cat([text, ids], dim=1)
-        going = going & ~torch.isin(ids[:, 0], ends)
+    with asked(lm, [len(row) - 1 for row in rows]) as prompts:
+        read = network.get_encoder()(input_ids=batch.ids, attention_mask=batch.mask)
+        while going.any() and text.shape[1] < min(new_tokens, lm.max_length):
+            said = network(
+                encoder_outputs=read,
+                attention_mask=batch.mask,
+                decoder_input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits, cache = said.logits[:, -1].to(lm.device), said.past_key_values
+            _check(lm, logits)
+            ids = logits.argmax(dim=1, keepdim=True)
+            text = torch.cat([text, ids], dim=1)
+            prompts.start = text.shape[1]
+            going = going & ~torch.isin(ids[:, 0], ends)
     stops = set(ends.tolist())
     return lm.tokenizer.batch_decode(
         [_until(ids, stops) for ids in text.tolist()], skip_special_tokens=True
@@ -135,7 +136,8 @@ def _write(
 
     All rows begin at the shortest one's length; where a row's prompt goes on, its own token is
     taken instead of a new one. So nothing is padded, in any family, and no time is lost as long as
-    the rows are of like length.
+    the rows are of like length. (Where a memory has to see the whole prompt at once, they are of
+    the same length: see `_groups`.)
     """
     ends = _ends(lm)
     stops = set(ends.tolist())
@@ -148,26 +150,42 @@ def _write(
     limit = torch.tensor(limits, device=device)
     going = lengths < limit
     text = ids
-    while going.any():
-        with gathered_input(lm.head, every, torch.full_like(every, ids.shape[1] - 1)):
-            logits = lm.network(
-                input_ids=ids,
-                attention_mask=torch.ones_like(text),
-                past_key_values=cache,
-                use_cache=True,
-            ).logits.to(device)
-        _check(lm, logits)
-        ids = _chosen(logits, top_k, generator)
-        place = text.shape[1]
-        asked = lengths > place
-        if place < prompts.shape[1]:
-            ids = torch.where(asked[:, None], prompts[:, place : place + 1], ids)
-        text = torch.cat([text, ids], dim=1)
-        going = going & (asked | ~torch.isin(ids[:, 0], ends)) & (limit > place + 1)
+    with asked(lm, lengths - 1) as known:
+        while going.any():
+            with gathered_input(lm.head, every, torch.full_like(every, ids.shape[1] - 1)):
+                logits = lm.network(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(text),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits.to(device)
+            _check(lm, logits)
+            ids = _chosen(logits, top_k, generator)
+            known.start = place = text.shape[1]
+            given = lengths > place
+            if place < prompts.shape[1]:
+                ids = torch.where(given[:, None], prompts[:, place : place + 1], ids)
+            text = torch.cat([text, ids], dim=1)
+            going = going & (given | ~torch.isin(ids[:, 0], ends)) & (limit > place + 1)
     written = []
     for row, whole, most in zip(rows, text.tolist(), limits, strict=True):
         written.append(_until(whole[len(row) : most], stops))
     return written
+
+
+def _groups(lm: LanguageModel, lengths: Sequence[int], batch_rows: int) -> list[list[int]]:
+    """Rows that are written together: of like length or, beside a memory, of the same length.
+
+    A memory decides at a prompt's last token what holds for all of its tokens.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups: list[list[int]] = []
+    for index in order:
+        full = not groups or len(groups[-1]) == batch_rows
+        if full or (lm.memories and lengths[groups[-1][0]] != lengths[index]):
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
 def _check(lm: LanguageModel, logits: Tensor) -> None:

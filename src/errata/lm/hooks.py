@@ -7,6 +7,7 @@ all tokens as one row.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -214,6 +215,33 @@ def computed_at(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[No
         yield
 
 
+def attach(module: nn.Module, rewrite: Callable[[Tensor, Tensor], Tensor]) -> list[RemovableHandle]:
+    """From now on `module` returns `rewrite(input, output)`, until all of the handles are removed.
+
+    For what stays on a model; a change for the length of a block is `rewritten_output`.
+    """
+
+    def hook(args: tuple[Any, ...], output: Any, shape: torch.Size | None) -> Any:
+        said = first(output)
+        new = rewrite(_shaped(first(args), shape), _shaped(said, shape)).reshape(said.shape)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handles: list[RemovableHandle] = []
+    _attach(module, hook, handles)
+    return handles
+
+
+@contextmanager
+def attached(module: nn.Module, rewrite: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """While open, `module` returns `rewrite(input, output)`, whether or not it is run."""
+    handles = attach(module, rewrite)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 _Hook = Callable[[tuple[Any, ...], Any, torch.Size | None], Any]
 """Called with a module's inputs, its output and, if it sees tokens flat, their true (b, t)."""
 
@@ -221,30 +249,30 @@ _Hook = Callable[[tuple[Any, ...], Any, torch.Size | None], Any]
 @contextmanager
 def _hooks(hooks: Iterable[tuple[nn.Module, _Hook]]) -> Iterator[None]:
     handles: list[RemovableHandle] = []
-
-    def attach(module: nn.Module, hook: _Hook) -> None:
-        shapes = _true_shapes(module, handles)
-        handles.append(
-            module.register_forward_hook(
-                lambda _module, args, kwargs, output: hook(
-                    _inputs(args, kwargs), output, shapes[-1] if shapes else None
-                ),
-                with_kwargs=True,
-            )
-        )
-
     try:
         for module, hook in hooks:
-            attach(module, hook)
+            _attach(module, hook, handles)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _true_shapes(module: nn.Module, handles: list[RemovableHandle]) -> list[torch.Size]:
-    """Where the (b, t) of each run will stand if `module` sees tokens flat; else it stays empty."""
-    shapes: list[torch.Size] = []
+def _attach(module: nn.Module, hook: _Hook, handles: list[RemovableHandle]) -> None:
+    shapes = _true_shapes(module, handles)
+    handles.append(
+        module.register_forward_hook(
+            lambda _module, args, kwargs, output: hook(
+                _inputs(args, kwargs), output, shapes[-1] if shapes else None
+            ),
+            with_kwargs=True,
+        )
+    )
+
+
+def _true_shapes(module: nn.Module, handles: list[RemovableHandle]) -> deque[torch.Size]:
+    """Where the (b, t) of the last run stands if `module` sees tokens flat; else it is empty."""
+    shapes: deque[torch.Size] = deque(maxlen=1)
     block = module.__dict__.get(_FLAT_IN)
     if block is not None:
         handles.append(

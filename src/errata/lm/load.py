@@ -65,7 +65,11 @@ class LanguageModel:
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Weights as loaded of every matrix that edits have changed, by module path."""
     applied: list[Any] = field(default_factory=list, repr=False)
-    """The edits now on the weights, in order."""
+    """The edits now on the model, in order."""
+    memories: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What edits beside the weights hold, merged, by kind and place (`errata.edits.memory`)."""
+    prompts: Any = field(default=None, repr=False)
+    """Where the prompts of the coming pass end, while that is known (`errata.lm.prompts`)."""
 
     @classmethod
     def load(
@@ -190,6 +194,11 @@ class LanguageModel:
     def layers(self) -> int:
         """How many blocks there are, an encoder-decoder's encoder included."""
         return self._below + self._depth(self.anatomy)
+
+    @property
+    def reading(self) -> range:
+        """The blocks that read a prompt: the encoder's, where there is one, or all."""
+        return range(self._below or self.layers)
 
     @property
     def d_model(self) -> int:

@@ -19,6 +19,7 @@ from errata.lm.forward import logits_at
 from errata.lm.generate import complete, reply
 from errata.lm.hooks import gathered_input
 from errata.lm.load import LanguageModel
+from errata.lm.prompts import asked
 from errata.lm.tokens import (
     batches,
     encode,
@@ -181,18 +182,21 @@ def _read(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> 
             (text.ids, text.prompt_length - 1, text.answer)
             for text in encode_answers(lm, prompts, answers)
         ]
+        ends = [first for _, first, _ in texts]
     else:
         texts = [
             (text.ids, text.first, text.answer) for text in encode_masked(lm, prompts, answers)
         ]
+        ends = [len(ids) - 1 for ids, _, _ in texts]
     rows, columns, wanted = _places([(first, answer) for _, first, answer in texts])
     batch = pad(lm, [ids for ids, _, _ in texts])
-    return rows, logits_at(lm, batch, rows, columns), wanted
+    return rows, logits_at(lm, batch, rows, columns, ends), wanted
 
 
 def _answered(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> _Places:
     """Answers that are texts of their own."""
-    batch = pad(lm, encode(lm, prompts))
+    asks = encode(lm, prompts)
+    batch = pad(lm, asks)
     texts = encode(lm, [answer.strip() for answer in answers])
     added = lm.tokenizer.num_special_tokens_to_add()
     for text, answer in zip(texts, answers, strict=True):
@@ -202,7 +206,7 @@ def _answered(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str])
     target = pad(lm, texts)
     labels = target.ids.masked_fill(target.mask == 0, _IGNORED)
     network: Any = lm.network
-    with gathered_input(lm.head, rows, columns):
+    with asked(lm, [len(row) - 1 for row in asks]), gathered_input(lm.head, rows, columns):
         logits = network(
             input_ids=batch.ids,
             attention_mask=batch.mask,
@@ -225,7 +229,8 @@ def _places(answers: Sequence[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tenso
 
 def _label_logits(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
     batch = pad(lm, rows)
-    logits = lm.network(input_ids=batch.ids, attention_mask=batch.mask).logits
+    with asked(lm, [len(row) - 1 for row in rows]):
+        logits = lm.network(input_ids=batch.ids, attention_mask=batch.mask).logits
     assert isinstance(logits, Tensor)
     return logits
 
@@ -247,5 +252,6 @@ def _fillings(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[str]:
     """The likeliest token at each mask, each row's together as text."""
     batch = pad(lm, rows)
     at, columns = (batch.ids == lm.tokenizer.mask_token_id).nonzero(as_tuple=True)
-    tokens = logits_at(lm, batch, at, columns).argmax(-1).to(at.device)
+    ends = [len(row) - 1 for row in rows]
+    tokens = logits_at(lm, batch, at, columns, ends).argmax(-1).to(at.device)
     return [str(lm.tokenizer.decode(tokens[at == row])) for row in range(len(rows))]

@@ -5,6 +5,8 @@
     before = observe(lm, neighbour_prompts, neutral_texts)
     with edit.applied(lm):
         print(drift(lm, before).summary())
+
+To a memory beside the weights, a prompt is a prompt, and a text one that ends in its middle.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from errata.errors import RequestError
 from errata.lm.forward import logits_at
 from errata.lm.load import LanguageModel
+from errata.lm.prompts import halves
 from errata.lm.tokens import batches, encode, pad
 from errata.measure.likelihood import not_finite
 from errata.measure.metrics import Estimate, interval
@@ -191,12 +194,14 @@ def _predictions(
         range(len(row) - 1, len(row)) if number < prompts else range(len(row) - 1)
         for number, row in enumerate(rows)
     ]
+    ends = [*(len(row) - 1 for row in observed.prompts), *halves(observed.texts)]
     start = torch.tensor([0, *(len(c) for c in columns)]).cumsum(0).tolist()
     done = 0
     for group in batches([len(row) for row in rows], batch_tokens):
         places = [(place, column) for place, row in enumerate(group) for column in columns[row]]
         at = torch.tensor(places)
-        logits = logits_at(lm, pad(lm, [rows[row] for row in group]), at[:, 0], at[:, 1])
+        batch = pad(lm, [rows[row] for row in group])
+        logits = logits_at(lm, batch, at[:, 0], at[:, 1], [ends[row] for row in group])
         logprobs = logits.float().log_softmax(-1)
         if not logprobs.isfinite().all():
             raise not_finite(lm)

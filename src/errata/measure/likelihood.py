@@ -3,7 +3,8 @@
 Attention looks only backwards, so one row of tokens answers for every pair whose tokens it begins
 with: equal pairs of different cases, a prompt's one-token targets, and a one-token target beside
 a longer one all share a row. Rows of like length are batched, and the head sees only the positions
-that are scored, each once.
+that are scored, each once. Beside a memory, which may read a row by its prompt, only pairs of one
+prompt share a row.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def judge(
     for (prompt, _), entry in zip(unique, encoded, strict=True):
         if not entry.prompt_length:
             raise TokenizationError(f"the prompt {prompt!r} has no token that could be continued.")
-    rows, row_of = _shared_rows([tuple(entry.ids[:-1]) for entry in encoded])
+    owners = [tuple(e.ids[: e.prompt_length]) if lm.memories else () for e in encoded]
+    rows, row_of = _shared_rows([tuple(entry.ids[:-1]) for entry in encoded], owners)
     members: list[list[int]] = [[] for _ in rows]
     for index, row in enumerate(row_of):
         members[row].append(index)
@@ -78,18 +80,22 @@ def judge(
 
 
 def _shared_rows(
-    sequences: Sequence[tuple[int, ...]],
+    sequences: Sequence[tuple[int, ...]], owners: Sequence[tuple[int, ...]]
 ) -> tuple[list[tuple[int, ...]], list[int]]:
     """The sequences that begin no other one, and which of these stands for each sequence.
 
-    In sorted order a sequence that begins any other begins its successor.
+    Only sequences of one owner stand for each other. Among these, in sorted order, a sequence that
+    begins any other begins its successor.
     """
     rows: list[tuple[int, ...]] = []
     row_of = [0] * len(sequences)
-    for index in sorted(range(len(sequences)), key=sequences.__getitem__, reverse=True):
+    keys = list(zip(owners, sequences, strict=True))
+    owner: tuple[int, ...] = ()
+    for index in sorted(range(len(keys)), key=keys.__getitem__, reverse=True):
         sequence = sequences[index]
-        if not rows or rows[-1][: len(sequence)] != sequence:
+        if not rows or owners[index] != owner or rows[-1][: len(sequence)] != sequence:
             rows.append(sequence)
+            owner = owners[index]
         row_of[index] = len(rows) - 1
     return rows, row_of
 
@@ -118,7 +124,10 @@ def _score(
     ]
     place_of = {place: number for number, place in enumerate(dict.fromkeys(places))}
     where = torch.tensor(list(place_of))
-    logits = logits_at(lm, pad(lm, rows), where[:, 0], where[:, 1]).float()
+    ends = [0] * len(rows)
+    for row, answer in answers:
+        ends[row] = answer.prompt_length - 1  # where pairs of several prompts share it: any of them
+    logits = logits_at(lm, pad(lm, rows), where[:, 0], where[:, 1], ends).float()
     pick = torch.tensor([place_of[place] for place in places], device=logits.device)
     wanted = torch.tensor([token for _, a in answers for token in a.answer], device=logits.device)
     logprobs = logits[pick, wanted] - logits.logsumexp(-1)[pick]

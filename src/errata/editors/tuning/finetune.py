@@ -340,7 +340,7 @@ def last_position(lm: LanguageModel, examples: Sequence[Example]) -> Tensor:
     texts = encode_answers(lm, [e.prompt for e in examples], [e.answer for e in examples])
     batch = pad(lm, [text.ids[: text.prompt_length] for text in texts])
     ends = torch.tensor([text.prompt_length - 1 for text in texts])
-    logits = logits_at(lm, batch, torch.arange(len(texts)), ends)
+    logits = logits_at(lm, batch, torch.arange(len(texts)), ends, ends.tolist())
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     said = logits.log_softmax(dim=1)
     return torch.stack([-said[i, text.answer].mean() for i, text in enumerate(texts)])
