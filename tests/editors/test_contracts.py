@@ -16,11 +16,13 @@ from torch import Tensor
 
 from errata.editors import EDITORS, Background, Editor
 from errata.editors.closed_form.closed_form import ClosedForm
+from errata.editors.memory.grace import Grace
 from errata.editors.trainable import Trainable
 from errata.editors.tuning.finetune import FineTune
 from errata.editors.tuning.neurons import KnowledgeNeurons
 from errata.edits.edit import Edit, as_json
 from errata.edits.file import load_edit
+from errata.edits.memory import MemoryEdit
 from errata.edits.weights import WeightEdit
 from errata.errors import ConfigError, NotFiniteError, RequestError
 from errata.lm.forward import logits_at
@@ -45,6 +47,7 @@ SMALL: dict[type[Editor], dict[str, Any]] = {
         "target": {"updates": 12, "learning_rate": 0.3, "clamp": 6.0, "kl": 0.0},
     },
     FineTune: {"layers": [1], "updates": 8, "learning_rate": 0.2, "norm_limit": 1.0},
+    Grace: {"layers": [1], "updates": 20},
     KnowledgeNeurons: {"steps": 3, "prefixes": [], "embedding": "output"},
 }
 """Numbers with which an edit of a tiny random model takes in a moment, by kind of editor."""
@@ -75,7 +78,9 @@ def probability(lm: LanguageModel, request: Request) -> float:
     """Log-probability of the target's first token after the bare prompt."""
     (row,) = encode_requests(lm, [request])
     place = torch.tensor([row.prompt_length - 1])
-    logits = logits_at(lm, pad(lm, [row.ids]), torch.zeros_like(place), place)
+    logits = logits_at(
+        lm, pad(lm, [row.ids]), torch.zeros_like(place), place, [row.prompt_length - 1]
+    )
     return float(logits.double().log_softmax(dim=1)[0, row.answer[0]])
 
 
@@ -87,6 +92,9 @@ def took(method: str, earlier: float, later: float, by: float = 0.0) -> bool:
 
 
 def dense(edit: Edit) -> dict[str, Tensor]:
+    """What an edit holds: the change of each weight, or the tensors of a memory's entries."""
+    if isinstance(edit, MemoryEdit):
+        return dict(edit.tensors)
     assert isinstance(edit, WeightEdit)
     return {path: change.dense() for path, change in edit.changes.items()}
 

@@ -12,6 +12,7 @@ from errata.editors.config import Config, EditorConfig
 from errata.editors.editor import Editor
 from errata.editors.hypernet.mend import Mend, MendConfig
 from errata.editors.hypernet.salem import Salem, SalemConfig
+from errata.editors.memory.grace import Grace, GraceConfig
 from errata.editors.tuning.finetune import (
     FineTune,
     FineTuneConfig,
@@ -71,6 +72,9 @@ EDITORS: dict[str, Method] = {
         "the fact's own neurons, rewritten or erased",
         "arXiv:2104.08696",
         ("decoder", "encoder"),
+    ),
+    "grace": Method(
+        Grace, GraceConfig, "a codebook with radii beside one layer", "arXiv:2211.11031", _ALL
     ),
     "mend": Method(
         Mend, MendConfig, "a network learns to make edits of gradients", "arXiv:2110.11309", _ALL
