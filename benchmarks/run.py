@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.choosing import CHOOSING_SECTIONS
 from benchmarks.cluster import CLUSTER_SECTIONS
 from benchmarks.gpu import GPU_SECTIONS
 from benchmarks.hypernet import HYPERNET_SECTIONS
@@ -34,7 +35,14 @@ from benchmarks.store import STORE_SECTIONS
 from benchmarks.tracing import TRACING_SECTIONS
 from errata.errors import ModelLoadError
 
-CPU_SECTIONS = SECTIONS | TRACING_SECTIONS | HYPERNET_SECTIONS | STORE_SECTIONS | CLUSTER_SECTIONS
+CPU_SECTIONS = (
+    SECTIONS
+    | TRACING_SECTIONS
+    | CHOOSING_SECTIONS
+    | HYPERNET_SECTIONS
+    | STORE_SECTIONS
+    | CLUSTER_SECTIONS
+)
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEADER = (
     "what",

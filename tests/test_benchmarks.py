@@ -51,6 +51,12 @@ def test_tracing_equals_a_pass_for_each_place(tmp_path: Path) -> None:
     assert all(row["difference"] < 1e-5 for row in rows)
 
 
+def test_saliency_and_tracing_choose_for_the_same_facts(tmp_path: Path) -> None:
+    (row,) = run(tmp_path, "choosing", "--model", "tiny-gpt2")
+    assert row["agrees"] is None and "3 of 3 facts traced" in row["note"]
+    assert row["seconds"] > 0 and row["serial_seconds"] > 0
+
+
 def test_an_absent_model_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
