@@ -6,8 +6,20 @@ from typing import Any
 
 import pytest
 
+from errata.edits.edit import as_json
 from errata.errors import RequestError, RequestFileError
-from errata.requests import Request, check_batch, read_jsonl, read_requests, unique
+from errata.jobs.keys import cases_hash
+from errata.requests import (
+    INJECTION,
+    VARIANTS,
+    Case,
+    Probe,
+    Request,
+    check_batch,
+    read_jsonl,
+    read_requests,
+    unique,
+)
 
 GOOD = {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"}
 
@@ -162,3 +174,56 @@ def test_unique_keeps_the_order() -> None:
     one, two = Request(**GOOD), Request("{} is", "Rome", "old")
     assert unique([two, one, Request(**GOOD | {"target": " Lyon"}), two])[0] == two
     assert len(unique([two, one, Request(**GOOD | {"target": " Lyon"}), two])) == 2
+
+
+FACT = Request("The capital of {} is", "France", "Lyon", "Paris")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_go_there_and_back(variant: str, tmp_path: Path) -> None:
+    posed = FACT.posed(variant)
+    assert posed.target == ("Paris" if VARIANTS[variant].target == "true" else "Lyon")
+    assert Request.from_dict(posed.to_dict()) == posed
+    assert ("variant" in posed.to_dict()) == (variant != INJECTION)
+    path = write(tmp_path / "facts.jsonl", json.dumps(posed.to_dict()))
+    assert read_requests(path) == [posed]
+
+
+def test_what_is_true_needs_no_target() -> None:
+    record = {key: GOOD[key] for key in ("prompt", "subject", "true")}
+    posed = Request.from_dict(record | {"variant": "fact-erasure"})
+    assert posed == FACT.posed("fact-erasure") and posed.problem.minimised
+    with pytest.raises(RequestError, match="lacks 'target'"):
+        Request.from_dict(record | {"variant": "tracing-reversal"})
+
+
+def test_a_variant_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(RequestError, match="no variant 'fact-erazure'; there are error-injection"):
+        Request.from_dict(GOOD | {"variant": "fact-erazure"})
+    with pytest.raises(RequestError, match="fact-erasure is about what is true.*'Paris', not 'Ly"):
+        Request.from_dict(GOOD | {"variant": "fact-erasure"})
+    with pytest.raises(RequestError, match="fact-forcing.*give it as 'true'"):
+        Request("The capital of {} is", "France", "Lyon").posed("fact-forcing")
+
+
+def test_records_and_hashes_of_the_default_do_not_know_variants() -> None:
+    """What was written before there were variants is written so still."""
+    case = Case(FACT, "1", neighbours=(Probe("The capital of Italy is", "Rome"),))
+    assert as_json(case)["request"] == GOOD == FACT.to_dict()
+    assert as_json(FACT.posed("fact-erasure"))["variant"] == "fact-erasure"
+    assert as_json(Request("{} is", "A", "b")) == {
+        "prompt": "{} is",
+        "subject": "A",
+        "target": "b",
+        "true": None,
+    }
+    assert cases_hash([case])[:16] == "325fd382ab2f1ace"
+
+
+def test_variants_of_one_fact_contradict_each_other() -> None:
+    gone, more = FACT.posed("fact-erasure"), FACT.posed("fact-amplification")
+    with pytest.raises(RequestError, match="wants fact-erasure of 'Paris', another fact-ampl"):
+        check_batch([gone, more], VARIANTS)
+    assert unique([gone, more, gone]) == [gone, more]
+    with pytest.raises(RequestError, match="does error-injection alone, not fact-erasure"):
+        check_batch([gone])

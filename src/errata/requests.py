@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from errata.errors import RequestError, RequestFileError
 
@@ -24,13 +24,48 @@ SLOT = "{}"
 
 T = TypeVar("T")
 
+UNLESS_DEFAULT = {"told": "unless default"}
+"""Metadata of fields that came later: a record tells them only where they differ from the default,
+so that files and hashes of what does not use them stay as they were."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What to do with a target: one of the editing problems of Hase et al. (arXiv:2301.04213)."""
+
+    target: Literal["new", "hidden", "true"] = "new"
+    """What the target is: any other answer; what the model says when noise hides the subject; or
+    what is true."""
+    minimised: bool = False
+    """Whether the model should say the target less, instead of more."""
+    open_ended: bool = False
+    """Whether there is no point at which the target is reached, so that no optimisation of it ends
+    early."""
+    hidden: bool = False
+    """Whether noise hides the subject (`errata.lm.noise`), while editing and while judging."""
+
+
+INJECTION = "error-injection"
+"""The variant of a request that names none."""
+
+VARIANTS: Mapping[str, Variant] = {
+    INJECTION: Variant(),
+    "tracing-reversal": Variant("hidden"),
+    "fact-erasure": Variant("true", minimised=True, open_ended=True),
+    "fact-amplification": Variant("true", open_ended=True),
+    "fact-forcing": Variant("true", hidden=True),
+}
+
 
 @dataclass(frozen=True)
 class Request:
     """One statement to write: after `text`, the model should say `target`.
 
+    Of another `variant`, the model should say it less, more, or where noise hides the subject.
+
     Raises:
-        RequestError: the prompt has not exactly one slot, or a field is empty.
+        RequestError: the prompt has not exactly one slot, a field is empty, or the variant is
+            unknown or wants another target.
     """
 
     prompt: str
@@ -41,6 +76,8 @@ class Request:
     """What the model should say next, with or without a leading space."""
     true: str | None = None
     """What the model says today, where known; the alternative that scores compare with."""
+    variant: str = field(default=INJECTION, metadata=UNLESS_DEFAULT)
+    """What is to be done with the target: a name in `VARIANTS`."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be carried out."""
@@ -63,6 +100,39 @@ class Request:
                 f"the prompt {self.prompt!r} has {slots} slots '{{}}'; it needs exactly one, where "
                 f"the subject {self.subject!r} stands."
             )
+        if self.variant not in VARIANTS:
+            raise RequestError(
+                f"there is no variant {self.variant!r}; there are {', '.join(VARIANTS)}."
+            )
+        if self.problem.target == "true" and self.true is None:
+            raise RequestError(
+                f"{self.variant} is about what the model says today; give it as 'true' for "
+                f"{self.text!r}."
+            )
+        if self.problem.target == "true" and self.target.strip() != str(self.true).strip():
+            raise RequestError(
+                f"{self.variant} is about what is true: after {self.text!r} its target is "
+                f"{self.true!r}, not {self.target!r}. Leave the target away."
+            )
+
+    @property
+    def problem(self) -> Variant:
+        """What the variant means."""
+        return VARIANTS[self.variant]
+
+    def posed(self, variant: str, *, target: str | None = None) -> Self:
+        """The same fact as another problem.
+
+        Args:
+            variant: a name in `VARIANTS`.
+            target: by default what is true, where the variant is about that, else this request's.
+
+        Raises:
+            RequestError: there is no such variant, or what is true is not known.
+        """
+        if target is None and variant in VARIANTS and VARIANTS[variant].target == "true":
+            target = self.true
+        return replace(self, variant=variant, target=self.target if target is None else target)
 
     @property
     def text(self) -> str:
@@ -77,7 +147,14 @@ class Request:
         return start, start + len(self.subject)
 
     @classmethod
-    def parse(cls, prompt: str, subject: str, target: str, true: str | None = None) -> Self:
+    def parse(
+        cls,
+        prompt: str,
+        subject: str,
+        target: str,
+        true: str | None = None,
+        variant: str = INJECTION,
+    ) -> Self:
         """A request whose prompt may also be an ordinary sentence with the subject in it.
 
         Raises:
@@ -92,13 +169,14 @@ class Request:
                     "it stands."
                 )
             prompt = prompt.replace(subject, SLOT)
-        return cls(prompt, subject, target, true)
+        return cls(prompt, subject, target, true, variant)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """Read one record; `target_new`/`target_true` of the published formats are understood.
 
-        Keys that say nothing about the request are passed over: published records have many.
+        A variant that is about what is true needs no target. Keys that say nothing about the
+        request are passed over: published records have many.
 
         Raises:
             RequestError: a key is missing or given twice, or a value has the wrong type.
@@ -112,7 +190,10 @@ class Request:
             if name in values and values[name] != value:
                 raise RequestError(f"the record gives {name!r} twice, differently: {record!r}.")
             values[name] = value
-        known = ("prompt", "subject", "target", "true")
+        known = ("prompt", "subject", "target", "true", "variant")
+        variant = values.setdefault("variant", INJECTION)
+        if isinstance(variant, str) and VARIANTS.get(variant, Variant()).target == "true":
+            values.setdefault("target", values.get("true"))
         if missing := [key for key in known[:3] if key not in values]:
             raise RequestError(
                 f"the record lacks {', '.join(map(repr, missing))}; it has {sorted(record)}."
@@ -124,7 +205,9 @@ class Request:
     def to_dict(self) -> dict[str, str]:
         """The record that `from_dict` reads back."""
         record = {"prompt": self.prompt, "subject": self.subject, "target": self.target}
-        return record if self.true is None else record | {"true": self.true}
+        if self.true is not None:
+            record["true"] = self.true
+        return record if self.variant == INJECTION else record | {"variant": self.variant}
 
 
 @dataclass(frozen=True)
@@ -272,24 +355,45 @@ def _read(path: Path | str, convert: Callable[[Mapping[str, Any]], T]) -> list[T
     return found
 
 
-def check_batch(requests: Sequence[Request]) -> None:
-    """Refuse a batch that asks for two answers to one prompt.
+def check_batch(
+    requests: Sequence[Request], variants: Collection[str] = frozenset({INJECTION})
+) -> None:
+    """Refuse a batch that asks for two answers to one prompt, or for what a method cannot do.
+
+    Args:
+        requests: the batch.
+        variants: those that the method honours.
 
     Raises:
-        RequestError: the batch is empty, or two of its requests contradict each other.
+        RequestError: the batch is empty, two of its requests contradict each other, or one is of a
+            variant that is not among these.
     """
     if not requests:
         raise RequestError("there is no request to carry out.")
     wanted: dict[str, Request] = {}
     for request in requests:
+        if request.variant not in variants:
+            raise RequestError(
+                f"this method does {', '.join(v for v in VARIANTS if v in variants)} alone, not "
+                f"{request.variant}, which is asked for after {request.text!r}."
+            )
         earlier = wanted.setdefault(request.text.rstrip(" "), request)
-        if earlier.target.strip() != request.target.strip():
+        if _asked(earlier) != _asked(request):
             raise RequestError(
                 f"two requests contradict each other: after {request.text!r} one wants "
-                f"{earlier.target.strip()!r}, another {request.target.strip()!r}. Keep one of them."
+                f"{_told(earlier)}, another {_told(request)}. Keep one of them."
             )
 
 
 def unique(requests: Iterable[Request]) -> list[Request]:
     """The requests in order, each prompt with its target once."""
-    return list({(r.text.rstrip(" "), r.target.strip()): r for r in requests}.values())
+    return list({(r.text.rstrip(" "), *_asked(r)): r for r in requests}.values())
+
+
+def _asked(request: Request) -> tuple[str, str]:
+    return request.target.strip(), request.variant
+
+
+def _told(request: Request) -> str:
+    target = repr(request.target.strip())
+    return target if request.variant == INJECTION else f"{request.variant} of {target}"

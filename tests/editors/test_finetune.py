@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from errata.editors import EDITORS, Background
 from errata.editors.tuning import finetune
-from errata.editors.tuning.finetune import FineTune, last_position
+from errata.editors.tuning.asked import Asked, Scored, asked_losses, last_position
+from errata.editors.tuning.finetune import FineTune
 from errata.editors.tuning.locality import LocalityConfig, Pool
 from errata.edits.weights import WeightEdit
 from errata.errors import ConfigError, NotFiniteError, TokenizationError
@@ -156,11 +157,11 @@ def test_small_batches_give_the_same_change(monkeypatch: pytest.MonkeyPatch) -> 
     small.batch_tokens = 1
     calls: list[int] = []
 
-    def counted(lm: LanguageModel, examples: Sequence[Example]) -> torch.Tensor:
-        calls.append(len(examples))
-        return losses(lm, examples)
+    def counted(lm: LanguageModel, asked: Sequence[Asked], loss: Scored) -> torch.Tensor:
+        calls.append(len(asked))
+        return asked_losses(lm, asked, loss)
 
-    monkeypatch.setattr(finetune, "losses", counted)
+    monkeypatch.setattr(finetune, "asked_losses", counted)
     assert_close(only(small.edit(lm, requests)), only(whole))
     assert set(calls) == {1}
 

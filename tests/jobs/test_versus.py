@@ -22,8 +22,6 @@ from errata.jobs.versus import (
     correlation,
     explained,
     largest,
-    probabilities,
-    rewrite_score,
     table,
     versus,
 )
@@ -99,16 +97,6 @@ def test_scores_that_do_not_vary_explain_nothing() -> None:
     assert math.isnan(explained(flat, ("layer",)).mean)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "score"),
-    [(0.0, 0.5, 0.5), (0.5, 0.75, 0.5), (0.5, 0.25, 0.0), (0.2, 1.0, 1.0), (1.0, 1.0, 0.0)],
-)
-def test_the_rewrite_score_is_the_share_of_the_possible(
-    before: float, after: float, score: float
-) -> None:
-    assert rewrite_score(before, after) == pytest.approx(score)
-
-
 def test_a_study_is_read_back_drawn_and_told(tmp_path: Path) -> None:
     found = study(made_up())
     back = job.load(job.save(found, tmp_path / "versus.json"))
@@ -156,13 +144,6 @@ def test_each_known_fact_is_traced_weighed_and_edited_in_each_layer(
     assert largest(alone)[3] == pytest.approx(alone.total_effect, abs=1e-5)
     after = trained.network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_probabilities_are_products_over_tokens(trained: LanguageModel) -> None:
-    known, other = probabilities(
-        trained, [Request(TEMPLATES[0], "France", "Paris"), Request(TEMPLATES[0], "France", "Lima")]
-    )
-    assert known > 0.5 > other
 
 
 def test_bad_input_is_refused(trained: LanguageModel) -> None:

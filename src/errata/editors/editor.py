@@ -12,7 +12,7 @@ from errata.edits.edit import Edit
 from errata.errors import ConfigError, ErrataError, RequestError
 from errata.lm.load import LanguageModel
 from errata.progress import Progress, silent
-from errata.requests import Request
+from errata.requests import INJECTION, Request
 
 
 class Editor(ABC):
@@ -25,6 +25,8 @@ class Editor(ABC):
     """As records call the method."""
     depth: ClassVar[tuple[float, float]]
     """Where to edit when no layers are given: first and last block over the depth."""
+    variants: ClassVar[frozenset[str]] = frozenset({INJECTION})
+    """Names in `VARIANTS` of what it can do with a target; `check_batch` refuses the others."""
 
     def __init__(self, config: EditorConfig, background: Background) -> None:
         """Keep the numbers and what is known of the model beside the requests.
@@ -71,7 +73,8 @@ class Editor(ABC):
 
         Raises:
             ConfigError: the model and the method's numbers do not go together.
-            RequestError: there is no request, or two contradict each other.
+            RequestError: there is no request, two contradict each other, or one is of a variant
+                that is not among `variants`.
             NotFiniteError: the model, or what was made of it, holds NaN or infinity.
             TargetError: no request could be carried out.
         """

@@ -23,7 +23,7 @@ from errata.edits.archive import Contents, write
 from errata.errors import EditFileError
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
-from errata.requests import Request
+from errata.requests import UNLESS_DEFAULT, Request
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,13 @@ class Edit(ABC):
 
 
 def as_json(value: Any) -> Any:
-    """The value in JSON's types: NaN and infinity become null, what JSON lacks becomes text."""
+    """The value in JSON's types: NaN and infinity become null, what JSON lacks becomes text.
+
+    Fields marked `UNLESS_DEFAULT` are left out where they hold their default.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in fields(value)}
+        told = [(f, getattr(value, f.name)) for f in fields(value)]
+        value = {f.name: x for f, x in told if f.metadata != UNLESS_DEFAULT or x != f.default}
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -6,10 +6,10 @@ is for the edit, and how well an edit of that layer alone does:
 
     rewrite score = max(0, (p*(new) - p(new)) / (1 - p(new)))
 
-with p the model's probability of the new target, the product over its tokens, and p* the edited
-model's. If locating informed editing, facts that trace to a layer would be better edited there: a
-correlation in each layer, and a regression of the score on layer *and* tracing effect that explains
-more than the layer alone.
+with p the model's probability of the target, the product over its tokens, and p* the edited
+model's; where the target should be said less, max(0, (p - p*) / p). If locating informed editing,
+facts that trace to a layer would be better edited there: a correlation in each layer, and a
+regression of the score on layer *and* tracing effect that explains more than the layer alone.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.editors import Editor
-from errata.edits.edit import Edit, as_json
+from errata.edits.edit import as_json
 from errata.errors import ErrataError, RequestError
 from errata.jobs.layers import window_for
 from errata.jobs.methods import editor_for
 from errata.jobs.models import Model, as_model
 from errata.jobs.moments import Corpus, background_for
+from errata.jobs.variants import posed
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example
 from errata.locate.saliency import saliency
 from errata.locate.tracing import Noise, Skipped, Trace, trace_all
-from errata.measure.likelihood import judge
 from errata.measure.metrics import Z95, Estimate
+from errata.measure.shares import Shares, case_probabilities, shares
 from errata.progress import Progress, silent
 from errata.requests import Case, Request
 
@@ -72,6 +73,23 @@ class Located:
     """The rewrite score of an edit of this layer alone; 0 where the edit failed."""
     failed: tuple[bool, ...]
     """Whether the method found no edit there."""
+    paraphrase: tuple[float, ...] = ()
+    """The same score of the first paraphrase, where there is one (NaN: this fact has none)."""
+    neighbour: tuple[float, ...] = ()
+    """How well the target's probability stayed after the first neighbour's prompt."""
+    overall: tuple[float, ...] = ()
+    """The harmonic mean of these three scores."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `as_json` made of it."""
+        numbers = {
+            name: tuple(math.nan if x is None else x for x in values[name])
+            for name in ("state", "mlp", "saliency", "score", "paraphrase", "neighbour", "overall")
+            if name in values
+        }
+        request, failed = Request.from_dict(values["request"]), tuple(map(bool, values["failed"]))
+        return cls(request, failed=failed, **numbers)
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,8 @@ class Versus:
     """How many layers' MLP outputs one restoration puts back."""
     layers: tuple[int, ...]
     """Which layers were measured; each fact's numbers are in this order."""
+    variant: str
+    """What the edits were to do: a name in `VARIANTS`."""
     facts: tuple[Located, ...]
     skipped: tuple[Skipped, ...]
     """Facts that the model does not know: they cannot be traced."""
@@ -126,6 +146,7 @@ class Versus:
             method=method,
             window=window,
             layers=tuple(layers),
+            variant=facts[0].request.variant,
             facts=tuple(facts),
             skipped=tuple(skipped),
             correlations=tuple(
@@ -145,13 +166,7 @@ class Versus:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` wrote."""
-        facts = [
-            Located(
-                Request.from_dict(fact["request"]),
-                *(tuple(fact[name]) for name in ("state", "mlp", "saliency", "score", "failed")),
-            )
-            for fact in values["facts"]
-        ]
+        facts = [Located.from_dict(fact) for fact in values["facts"]]
         return cls.of(
             model=values["model"],
             method=values["method"],
@@ -172,6 +187,7 @@ def versus(
     method: str = "rome",
     settings: Mapping[str, Any] | None = None,
     layers: Sequence[int] | None = None,
+    variant: str | None = None,
     window: int | None = None,
     noise: Noise | None = None,
     corpus: Corpus = None,
@@ -185,17 +201,20 @@ def versus(
         method: a name in `EDITORS`; it edits one layer at a time here.
         settings: the method's numbers that differ from the recipe's.
         layers: which to measure; all by default.
+        variant: pose the facts as this problem first (see `posed`); by default they stay as they
+            are.
         window: how many layers' MLP outputs are restored at once; see `window_for`.
-        noise: what hides the subjects; the papers' by default.
+        noise: what hides the subjects in tracing; the papers' by default.
         corpus: ordinary text for the second moments.
         progress: called with (stage, done, total).
 
     Raises:
         ConfigError: the method, a setting or a layer is unknown.
-        RequestError: the model knows fewer than two of the facts.
+        RequestError: the model knows fewer than two of the facts, the variant is unknown, or the
+            method does not honour it.
     """
     lm = as_model(model)
-    requests = [fact.request if isinstance(fact, Case) else fact for fact in facts]
+    cases = [fact if isinstance(fact, Case) else Case(fact) for fact in facts]
     span = window or window_for(lm)
     chosen = tuple(range(lm.layers)) if layers is None else tuple(sorted(set(layers)))
     background = background_for(lm, corpus)
@@ -205,48 +224,123 @@ def versus(
 
     # All layers at once: one pass over the text, and a layer that there is not is refused now.
     editing(chosen).prepare(lm, progress=progress)
-    traces = trace_all(
-        lm,
-        requests,
-        kinds=("state", "mlp"),
-        window=span,
-        noise=noise or Noise(),
-        progress=progress,
-    )
-    peaks: dict[tuple[str, Request], tuple[float, ...]] = {
-        (trace.kind, trace.request): largest(trace) for trace in traces.traces
-    }
-    known = [request for kind, request in peaks if kind == "state"]
+    left_out: list[Skipped] = []
+    if variant is not None:
+        cases, left_out = posed(lm, cases, variant)
+    traces = effects(lm, cases, window=span, noise=noise, progress=progress)
+    known = [case for case in cases if case.request in traces.state]
     if len(known) < 2:
         raise RequestError(
-            f"{lm.name} knows {len(known)} of the {len(requests)} facts, and what it does not know "
+            f"{lm.name} knows {len(known)} of the {len(facts)} facts, and what it does not know "
             "cannot be traced. Give more facts that it knows."
         )
-    weights = [
-        saliency(lm, [Example(request.text, request.target)], modules="mlp").layers
-        for request in known
-    ]
-    editors = [editing([layer]) for layer in chosen]
-    scores, failed = _rewritten(lm, known, editors, progress)
-    measured = [
-        Located(
-            request,
-            state=_at(peaks["state", request], chosen),
-            mlp=_at(peaks["mlp", request], chosen),
-            saliency=_at(weights[i], chosen),
-            score=tuple(column[i] for column in scores),
-            failed=tuple(column[i] for column in failed),
-        )
-        for i, request in enumerate(known)
-    ]
+    measured = _measured(
+        lm, known, traces, [editing([layer]) for layer in chosen], chosen, progress
+    )
     return Versus.of(
         model=lm.name,
         method=method,
         window=span,
         layers=chosen,
         facts=measured,
-        skipped=traces.skipped,
+        skipped=(*left_out, *traces.skipped),
     )
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What tracing says of each layer, by request."""
+
+    state: Mapping[Request, tuple[float, ...]]
+    mlp: Mapping[Request, tuple[float, ...]]
+    skipped: tuple[Skipped, ...]
+
+
+def effects(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    *,
+    window: int,
+    noise: Noise | None = None,
+    progress: Progress = silent,
+) -> Effects:
+    """Trace the facts that the model knows, states and MLPs.
+
+    Raises:
+        RequestError: there is no fact.
+        ConfigError: the model is not a decoder.
+    """
+    if not cases:
+        return Effects({}, {}, ())
+    traces = trace_all(
+        lm,
+        [case.request for case in cases],
+        kinds=("state", "mlp"),
+        window=window,
+        noise=noise or Noise(),
+        progress=progress,
+    )
+    found: dict[str, dict[Request, tuple[float, ...]]] = {"state": {}, "mlp": {}}
+    for trace in traces.traces:
+        found[trace.kind][trace.request] = largest(trace)
+    return Effects(found["state"], found["mlp"], traces.skipped)
+
+
+def _measured(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    traces: Effects,
+    editors: Sequence[Editor],
+    layers: Sequence[int],
+    progress: Progress,
+) -> list[Located]:
+    """Each case, layer by layer, with the editor of each."""
+    before = case_probabilities(lm, cases)
+    columns = []
+    for done, editor in enumerate(editors):
+        progress("edits, layer by layer", done, len(editors))
+        columns.append(list(_edited(lm, cases, editor, before)))
+    progress("edits, layer by layer", len(editors), len(editors))
+    found = []
+    for i, case in enumerate(cases):
+        request = case.request
+        weight = saliency(lm, [Example(request.text, request.target)], modules="mlp").layers
+        mine = [column[i] for column in columns]
+
+        def score(name: str, mine: Sequence[tuple[Shares, bool]] = mine) -> tuple[float, ...]:
+            return tuple(shares.get(name, math.nan) for shares, _ in mine)
+
+        found.append(
+            Located(
+                request,
+                state=_at(traces.state[request], layers),
+                mlp=_at(traces.mlp[request], layers),
+                saliency=_at(weight, layers),
+                score=score("rewrite"),
+                failed=tuple(failed for _, failed in mine),
+                paraphrase=score("paraphrases"),
+                neighbour=score("neighbours"),
+                overall=score("S"),
+            )
+        )
+    return found
+
+
+def _edited(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    editor: Editor,
+    before: Sequence[Mapping[str, float]],
+) -> Iterator[tuple[Shares, bool]]:
+    """Each case's scores with its own edit alone, and whether there was none."""
+    edits = editor.edit_each(lm, [[case.request] for case in cases], progress=silent)
+    for case, edit, p in zip(cases, edits, before, strict=True):
+        if isinstance(edit, ErrataError):
+            yield shares(case.request, p, p), True
+        else:
+            with edit.applied(lm):
+                after = case_probabilities(lm, [case])[0]
+            yield shares(case.request, p, after), False
 
 
 def largest(trace: Trace) -> tuple[float, ...]:
@@ -314,50 +408,3 @@ def _r_squared(products: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _at(values: Sequence[float], layers: Sequence[int]) -> tuple[float, ...]:
     return tuple(values[layer] for layer in layers)
-
-
-def _rewritten(
-    lm: LanguageModel,
-    requests: Sequence[Request],
-    editors: Sequence[Editor],
-    progress: Progress,
-) -> tuple[list[list[float]], list[list[bool]]]:
-    """Rewrite scores and failures, editor by editor and, for each, request by request."""
-    before = probabilities(lm, requests)
-    scores: list[list[float]] = []
-    failed: list[list[bool]] = []
-    for done, editor in enumerate(editors):
-        progress("edits, layer by layer", done, len(editors))
-        edits = list(editor.edit_each(lm, [[request] for request in requests], progress=silent))
-        after = _each_after(lm, requests, edits, before)
-        scores.append([rewrite_score(p, q) for p, q in zip(before, after, strict=True)])
-        failed.append([isinstance(edit, ErrataError) for edit in edits])
-    progress("edits, layer by layer", len(editors), len(editors))
-    return scores, failed
-
-
-def _each_after(
-    lm: LanguageModel,
-    requests: Sequence[Request],
-    edits: Sequence[Edit | ErrataError],
-    before: Sequence[float],
-) -> Iterator[float]:
-    """Each request's probability with its own edit alone; as before where there is none."""
-    for request, edit, p in zip(requests, edits, before, strict=True):
-        if isinstance(edit, ErrataError):
-            yield p
-        else:
-            with edit.applied(lm):
-                yield probabilities(lm, [request])[0]
-
-
-def probabilities(lm: LanguageModel, requests: Sequence[Request]) -> list[float]:
-    """The probability of each request's target: the product over its tokens."""
-    pairs = [(request.text, request.target) for request in requests]
-    judged = judge(lm, pairs)
-    return [math.exp(sum(judged[pair].logprobs)) for pair in pairs]
-
-
-def rewrite_score(before: float, after: float) -> float:
-    """The share of what was possible that an edit reached: 0 for none, 1 for certainty."""
-    return max(0.0, (after - before) / (1 - before)) if before < 1 else 0.0

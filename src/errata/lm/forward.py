@@ -61,8 +61,16 @@ def logits_at(
 
 
 @torch.no_grad()
-def run_until(lm: LanguageModel, rows: Sequence[Sequence[int]], module: nn.Module) -> int:
+def run_until(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], module: nn.Module, *, share: bool = True
+) -> int:
     """Run rows of token ids as far as `module`; what they all begin with is computed once.
+
+    Args:
+        lm: the model.
+        rows: n rows of token ids.
+        module: where the pass ends.
+        share: False to run every row whole, where equal tokens do not mean equal states.
 
     Returns:
         How many leading tokens the last pass left out, as its rows share them; at least one token
@@ -72,7 +80,7 @@ def run_until(lm: LanguageModel, rows: Sequence[Sequence[int]], module: nn.Modul
         ConfigError: the model is not a decoder: what a row begins with depends on all of it.
     """
     lm.require_decoder("running shared beginnings once")
-    shared = min(map(len, rows)) - 1 if len(rows) > 1 else 0
+    shared = min(map(len, rows)) - 1 if len(rows) > 1 and share else 0
     while any(row[:shared] != rows[0][:shared] for row in rows):
         shared -= 1
     batch = pad(lm, [row[shared:] for row in rows])

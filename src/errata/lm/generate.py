@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from errata.errors import NotFiniteError, TokenizationError
+from errata.lm.forward import logits_at
 from errata.lm.hooks import gathered_input
 from errata.lm.load import LanguageModel
+from errata.lm.noise import NOISE, Hidden, Noise, subjects_hidden
 from errata.lm.prompts import asked
-from errata.lm.tokens import encode, pad
+from errata.lm.tokens import encode, encode_requests, pad
+from errata.requests import Request
 
 _PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """How MEMIT's random prefixes begin (METHODS 0.3)."""
@@ -70,6 +73,41 @@ def complete(
         written = _write(lm, [rows[i] for i in group], limits, top_k, generator)
         for i, ids in zip(group, written, strict=True):
             texts[i] = _decoded(lm, rows[i], ids)
+    return texts
+
+
+@torch.no_grad()
+def complete_hidden(
+    lm: LanguageModel, requests: Sequence[Request], *, new_tokens: int, noise: Noise = NOISE
+) -> list[str]:
+    """What the model writes, greedily, after each prompt while noise hides its subject.
+
+    Args:
+        lm: the model, a decoder.
+        requests: prompts with subjects; their variants play no part.
+        new_tokens: at most so many tokens are written.
+        noise: its first sample is taken.
+
+    Raises:
+        TokenizationError: a subject has no token of its own, or a text is too long.
+        NotFiniteError: the model's weights, or an edit on them, hold NaN.
+        ConfigError: the model is not a decoder.
+    """
+    lm.require_decoder("going on from a text")
+    rows = encode_requests(lm, requests, target=False)
+    stops = set(_ends(lm).tolist())
+    texts = []
+    for request, row in zip(requests, rows, strict=True):
+        veil = Hidden.of(lm, request, row, noise=noise)
+        ids, first, end = list(row.ids), torch.tensor([0]), len(row.ids) - 1
+        while len(ids) < min(len(row.ids) + new_tokens, lm.max_length) and ids[-1] not in stops:
+            # Without a cache: the noise stands where the pass begins at the first token.
+            with subjects_hidden(lm, [veil]):
+                last = torch.tensor([len(ids) - 1])
+                logits = logits_at(lm, pad(lm, [ids]), first, last, [end])
+            _check(lm, logits)
+            ids.append(int(logits.argmax()))
+        texts.append(_decoded(lm, row.ids, _until(ids[len(row.ids) :], stops)))
     return texts
 
 

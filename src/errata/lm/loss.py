@@ -85,6 +85,10 @@ class Answers:
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         return self.averaged(functional.cross_entropy(logits, self.wanted, reduction="none"))
 
+    def probabilities(self) -> Tensor:
+        """(n,) each answer's probability, the product over its tokens; with gradient."""
+        return (-self.losses() * torch.bincount(self.rows)).exp()
+
     def right(self) -> Tensor:
         """(n,) whether an answer's every token, or its label, is the top prediction."""
         return self.averaged((self.logits.argmax(-1) == self.wanted).float()) == 1

@@ -10,59 +10,13 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.errors import ConfigError, DatasetError
+from errata.errors import DatasetError
+from errata.lm.noise import Noise
 from errata.requests import Request
 
 Part = Literal["mlp", "attention"]
 Kind = Literal["state", "mlp", "attention"]
 KINDS: tuple[Kind, ...] = ("state", "mlp", "attention")
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What hides the subject.
-
-    Raises:
-        ConfigError: a number or name makes no sense.
-    """
-
-    scale: float = 3.0
-    """Its size, in `unit`s; published scripts: 0.1 for GPT-2 XL and 0.025 for GPT-J, absolute."""
-    unit: Literal["std", "absolute"] = "std"
-    """Standard deviations of the embeddings' entries, or the embeddings' own unit."""
-    distribution: Literal["gaussian", "uniform"] = "gaussian"
-    """Normal with this standard deviation, or uniform between plus and minus this size."""
-    samples: int = 10
-    """How many corrupted runs are averaged."""
-    seed: int = 1
-    """Of the numbers drawn, which are the same for each place restored."""
-    replace: bool = False
-    """Put noise in the place of embeddings rather than add it."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be drawn."""
-        for name, known in (
-            ("unit", ("std", "absolute")),
-            ("distribution", ("gaussian", "uniform")),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"the noise's {name} is {' or '.join(map(repr, known))}, not "
-                    f"{getattr(self, name)!r}."
-                )
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ConfigError(f"the noise's scale must be a positive number, got {self.scale}.")
-        if self.samples < 1:
-            raise ConfigError(f"noise needs at least one sample, got {self.samples}.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"the noise's seed must be from 0 to 2^32 - 1, got {self.seed}.")
-
-    def draw(self, tokens: int, width: int) -> NDArray[np.float64]:
-        """(samples, tokens, width) numbers of size 1, as the reference code draws them."""
-        random, shape = np.random.RandomState(self.seed), (self.samples, tokens, width)
-        if self.distribution == "gaussian":
-            return random.randn(*shape)
-        return random.uniform(-1, 1, shape)
 
 
 @dataclass(frozen=True)

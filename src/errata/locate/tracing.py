@@ -23,6 +23,7 @@ from torch import Tensor
 from errata.errors import ConfigError, NotFiniteError, RequestError
 from errata.lm.forward import logits_at
 from errata.lm.load import LanguageModel
+from errata.lm.noise import Noise, embedding_spread, noise_level
 from errata.lm.tokens import Encoded, encode_requests, pad
 from errata.lm.weights import weight_out_in
 from errata.locate.restoration import Runs
@@ -30,7 +31,6 @@ from errata.locate.traces import (
     KINDS,
     AverageEffect,
     Kind,
-    Noise,
     Part,
     Skipped,
     Trace,
@@ -38,7 +38,7 @@ from errata.locate.traces import (
     average,
 )
 from errata.progress import Progress, silent
-from errata.requests import Request
+from errata.requests import INJECTION, Request
 
 __all__ = [
     "KINDS",
@@ -97,7 +97,7 @@ def trace(
     lm.require_decoder("causal tracing")
     _check([kind], window, severed)
     noise = noise or Noise()
-    level = _level(lm, [request], noise, spread)
+    level = noise_level(lm, [request.subject], noise, spread)
     fact = _Fact.of(lm, request, answer)
     runs = fact.runs(noise, level, batch_tokens)
     return fact.trace(runs, kind, window, severed, noise, level, progress)
@@ -141,7 +141,7 @@ def trace_all(
     if not requests:
         raise RequestError("there is no request to trace.")
     noise = noise or Noise()
-    level = _level(lm, requests, noise, spread)
+    level = noise_level(lm, [request.subject for request in requests], noise, spread)
     traces: list[Trace] = []
     skipped: list[Skipped] = []
     progress("tracing", 0, len(requests))
@@ -157,23 +157,6 @@ def trace_all(
             skipped.append(Skipped(request, fact.says, why))
         progress("tracing", done, len(requests))
     return Traces(tuple(traces), tuple(skipped))
-
-
-@torch.no_grad()
-def embedding_spread(lm: LanguageModel, subjects: Sequence[str]) -> float:
-    """Standard deviation of all entries of the embeddings of the subjects' tokens.
-
-    Raises:
-        RequestError: there is no subject, or an empty one.
-        TokenizationError: a subject has no token of its own.
-    """
-    if not subjects:
-        raise RequestError("there is no subject whose embeddings could be measured.")
-    rows = encode_requests(lm, [Request("{}", s, s) for s in subjects], target=False)
-    ids = [id_ for row in rows for id_ in row.ids[row.subject_first : row.subject_last + 1]]
-    embedded = lm.embedding(torch.tensor(ids, device=lm.device))
-    assert isinstance(embedded, Tensor)
-    return float(embedded.cpu().double().std())
 
 
 @dataclass(frozen=True)
@@ -192,7 +175,7 @@ class _Fact:
             (row,) = encode_requests(lm, [request], target=False)
             predicted = _continuation(lm, row.ids, 1)
             return cls(lm, request, replace(row, ids=row.ids + predicted), predicted)
-        (row,) = encode_requests(lm, [replace(request, target=answer)])
+        (row,) = encode_requests(lm, [replace(request, target=answer, variant=INJECTION)])
         predicted = _continuation(lm, row.ids[: row.prompt_length], len(row.answer))
         return cls(lm, request, row, predicted)
 
@@ -261,17 +244,6 @@ def _check(kinds: Collection[str], window: int, severed: str | None) -> None:
             f"the {severed} can be severed while states are restored, not with {list(kinds)}; ask "
             "for kind 'state' alone."
         )
-
-
-def _level(
-    lm: LanguageModel, requests: Sequence[Request], noise: Noise, spread: float | None
-) -> float:
-    """The noise's size in the embeddings' own unit."""
-    if noise.unit == "absolute":
-        return noise.scale
-    if spread is None:
-        spread = embedding_spread(lm, [request.subject for request in requests])
-    return noise.scale * spread
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from errata.editors.closed_form.keys import (
     context_weights,
     stream_at_subject,
     subject_rows,
+    subject_veils,
 )
 from errata.editors.closed_form.spread import SPREADS
 from errata.editors.closed_form.statistics import Moments
@@ -42,7 +44,7 @@ from errata.errors import ConfigError, SolveError, TargetError
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
 from errata.progress import Progress, silent
-from errata.requests import Request, check_batch, unique
+from errata.requests import VARIANTS, Request, check_batch, unique
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ Groups = Sequence[Group]
 class ClosedForm(Editor):
     """The closed-form editor; ROME, MEMIT and EMMET are its subclasses by config."""
 
+    variants: ClassVar[frozenset[str]] = frozenset(VARIANTS)
     config: ClosedFormConfig
 
     def __init__(
@@ -141,16 +144,18 @@ class ClosedForm(Editor):
     def groups(self, lm: LanguageModel, requests: Sequence[Request]) -> Groups:
         """Requests whose subjects end in the same tokens: they share one key, so also one target.
 
+        A subject that noise hides has another key than the same subject in clear.
+
         Raises:
             RequestError: two requests contradict each other.
             ConfigError: the model is not a decoder.
         """
         lm.require_decoder(self.name.upper())
         requests = unique(requests)
-        check_batch(requests)
-        groups: dict[tuple[int, ...], list[Request]] = {}
+        check_batch(requests, self.variants)
+        groups: dict[tuple[tuple[int, ...], bool], list[Request]] = {}
         for row, request in zip(subject_rows(lm, requests), requests, strict=True):
-            groups.setdefault(row, []).append(request)
+            groups.setdefault((row, request.problem.hidden), []).append(request)
         return [tuple(group) for group in groups.values()]
 
     def _rounds(self, groups: Groups) -> list[Groups]:
@@ -344,7 +349,11 @@ class _Run:
         """Keys (n, d_ff) and residuals (n, d_model) at one layer of the model as edited so far."""
         layer, last = self.layers[place], self.layers[-1]
         rows = [subject_rows(self.lm, heads, prefix) for prefix in self.contexts]
-        seen = at_subject(self.lm, rows, layer, batch_tokens=self.batch_tokens)
+        veils = [
+            subject_veils(self.lm, heads, prefix, draw=draw)
+            for draw, prefix in enumerate(self.contexts)
+        ]
+        seen = at_subject(self.lm, rows, layer, batch_tokens=self.batch_tokens, veils=veils)
         weights = context_weights(self.config.averaging, len(self.contexts)).to(seen.keys)
         keys = torch.einsum("p,npd->nd", weights, seen.keys)
         deltas = targets.deltas.to(keys)
@@ -356,7 +365,9 @@ class _Run:
             detectors = self.moments[layer].factor(layer, keys.device).whiten(keys)
             bare = (detectors * seen.keys[:, 0]).sum(dim=1)
             return keys, deltas * ((detectors * keys).sum(dim=1) / bare)[:, None]
-        now = stream_at_subject(self.lm, rows[0], last, batch_tokens=self.batch_tokens)
+        now = stream_at_subject(
+            self.lm, rows[0], last, batch_tokens=self.batch_tokens, veils=veils[0]
+        )
         missing = targets.streams.to(keys) + deltas - now.to(keys)
         return keys, missing / SPREADS[self.config.spread](len(self.layers) - place)
 

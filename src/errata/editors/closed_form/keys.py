@@ -18,6 +18,7 @@ from errata.errors import NotFiniteError
 from errata.lm.forward import run_until
 from errata.lm.hooks import captured, stopped_after
 from errata.lm.load import LanguageModel
+from errata.lm.noise import Hidden, hidden, subjects_hidden
 from errata.lm.tokens import batches, encode_requests, pad
 from errata.requests import Request
 
@@ -59,9 +60,24 @@ def subject_rows(
     return [tuple(row.ids[: row.subject_last + 1]) for row in encoded]
 
 
+def subject_veils(
+    lm: LanguageModel, requests: Sequence[Request], prefix: str = "", *, draw: int = 0
+) -> list[Hidden | None]:
+    """What hides the subjects in the rows of `subject_rows`; None where a variant hides nothing."""
+    if not any(request.problem.hidden for request in requests):
+        return [None] * len(requests)
+    encoded = encode_requests(lm, requests, prefix=prefix, target=False)
+    return hidden(lm, requests, encoded, draw=draw)
+
+
 @torch.no_grad()
 def at_subject(
-    lm: LanguageModel, rows: Sequence[Sequence[Sequence[int]]], layer: int, *, batch_tokens: int
+    lm: LanguageModel,
+    rows: Sequence[Sequence[Sequence[int]]],
+    layer: int,
+    *,
+    batch_tokens: int,
+    veils: Sequence[Sequence[Hidden | None]] | None = None,
 ) -> AtSubject:
     """Keys and values at `layer` of every row's last token, all contexts in one go.
 
@@ -70,22 +86,26 @@ def at_subject(
         rows: p contexts of n rows of token ids, each ending with the subject.
         layer: the block to look into.
         batch_tokens: at most so many tokens (padding included) are run at once.
+        veils: what hides the subject in each row; by default nothing.
 
     Raises:
         NotFiniteError: a key or value is NaN or infinite.
     """
     # Rows of one context begin alike; a few rows are better run beside those of other contexts.
-    flat = [tuple(row) for context in rows for row in context]
-    parts = [flat] if len(rows[0]) < _ENOUGH_ROWS else [list(map(tuple, part)) for part in rows]
-    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    veils = veils or [[None] * len(context) for context in rows]
+    each = [_veiled(*pair) for pair in zip(rows, veils, strict=True)]
+    flat = [row for part in each for row in part]
+    found: dict[tuple[tuple[int, ...], Hidden | None], tuple[Tensor, Tensor]] = {}
     module = lm.mlp_out(layer)
-    for part in parts:
+    for part in [flat] if len(rows[0]) < _ENOUGH_ROWS else each:
         distinct = [row for row in dict.fromkeys(part) if row not in found]
-        for group in batches([len(row) for row in distinct], batch_tokens):
+        for group in batches([len(ids) for ids, _ in distinct], batch_tokens):
             some = [distinct[i] for i in group]
-            with captured({0: module}, "both") as seen:
-                skipped = run_until(lm, some, module)
-            last = torch.tensor([len(row) - 1 - skipped for row in some])
+            behind = [veil for _, veil in some]
+            with captured({0: module}, "both") as seen, subjects_hidden(lm, behind):
+                ids = [ids for ids, _ in some]
+                skipped = run_until(lm, ids, module, share=not any(behind))
+            last = torch.tensor([len(row) - 1 - skipped for row, _ in some])
             index = torch.arange(len(some))
             keys, values = (at(states[0], index, last) for states in (seen.inputs, seen.outputs))
             found |= dict(zip(some, zip(keys, values, strict=True), strict=True))
@@ -105,20 +125,36 @@ def at_subject(
 
 @torch.no_grad()
 def stream_at_subject(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], layer: int, *, batch_tokens: int
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    layer: int,
+    *,
+    batch_tokens: int,
+    veils: Sequence[Hidden | None] | None = None,
 ) -> Tensor:
     """(n, d_model) what block `layer` returns at each row's last token; float64."""
+    veils = veils or [None] * len(rows)
     streams: list[Tensor] = [torch.empty(0)] * len(rows)
     for group in batches([len(row) for row in rows], batch_tokens):
         batch = pad(lm, [rows[i] for i in group])
         last = torch.tensor([len(rows[i]) - 1 for i in group])
-        with captured({0: lm.block(layer)}, "output") as seen, stopped_after(lm.block(layer)):
+        with (
+            captured({0: lm.block(layer)}, "output") as seen,
+            subjects_hidden(lm, [veils[i] for i in group]),
+            stopped_after(lm.block(layer)),
+        ):
             lm.network(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
         for i, stream in zip(
             group, at(seen.outputs[0], torch.arange(len(group)), last), strict=True
         ):
             streams[i] = stream
     return torch.stack(streams).double()
+
+
+def _veiled(
+    rows: Sequence[Sequence[int]], veils: Sequence[Hidden | None]
+) -> list[tuple[tuple[int, ...], Hidden | None]]:
+    return [(tuple(row), veil) for row, veil in zip(rows, veils, strict=True)]
 
 
 def at(states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -7,6 +7,10 @@ optimised by Adam to make the target likely after the bare prompt and after rand
     loss = mean over prompts of  -log p(target) / len(target)
            + kl * KL( p("{subject} is a") with delta || without )  + decay of |delta|
 
+Of what is to be said less (fact erasure) exp(-NLL) takes the first term's place; that and what has
+no goal but more (amplification) use all updates. Where noise hides a subject (fact forcing), each
+row has a draw of its own.
+
 All requests are optimised in one batch, each with its own delta and its own end. What delta cannot
 change is computed once: all blocks up to the edited one, and all tokens before the subject's end.
 """
@@ -20,14 +24,14 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from errata.editors.closed_form.keys import at_subject, stream_at_subject
+from errata.editors.closed_form.target_rows import Plan, TargetRows, bare_rows, rows_of
 from errata.editors.config import Config
 from errata.lm.forward import Paused, frozen, pause
 from errata.lm.hooks import rewritten_output
 from errata.lm.load import LanguageModel
-from errata.lm.tokens import encode_requests
+from errata.lm.noise import subjects_hidden
 from errata.progress import Progress, silent
 from errata.requests import Request
 
@@ -122,38 +126,6 @@ class Target(NamedTuple):
     failed: str | None
 
 
-@dataclass
-class _Rows:
-    """The token rows of one micro-batch, flat, with what is scored where.
-
-    Rows of the divergence stand apart: one token of each is recomputed, so that beside the others
-    they would be padding for the most part.
-    """
-
-    ids: list[list[int]]
-    starts: list[int]
-    owner: Tensor
-    """(rows,) which delta each row belongs to."""
-    score_row: Tensor
-    """(m,) row of each scored token; its column counts from the subject's last token."""
-    score_column: Tensor
-    score_token: Tensor
-    score_weight: Tensor
-    """(m,) 1 / (target's length * number of the owner's rows), so that a sum is the mean loss."""
-    kl_ids: list[list[int]]
-    """Each delta's row "{subject} is a", cut at the subject's last token."""
-
-    @property
-    def width(self) -> int:
-        """The longest row."""
-        return max(map(len, self.ids))
-
-    @property
-    def remaining(self) -> int:
-        """The most tokens that a row has from the subject's last one on."""
-        return max(len(ids) - start for ids, start in zip(self.ids, self.starts, strict=True))
-
-
 def optimise_targets(
     lm: LanguageModel,
     groups: Sequence[Sequence[Request]],
@@ -177,7 +149,7 @@ def optimise_targets(
 
     Single failures are told in the result; nothing is raised for them.
     """
-    rows = [_rows([group], lm, prefixes) for group in groups]
+    rows = [rows_of(lm, [group], prefixes) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: (rows[i].remaining, rows[i].width))
     results = [Target(torch.empty(0), torch.empty(0), torch.empty(0), None)] * len(groups)
     chunk: list[int] = []
@@ -187,7 +159,7 @@ def optimise_targets(
         nonlocal done
         part = _optimise(
             lm,
-            _rows([groups[i] for i in chunk], lm, prefixes),
+            rows_of(lm, [groups[i] for i in chunk], prefixes),
             len(chunk),
             layer,
             config,
@@ -213,58 +185,24 @@ def optimise_targets(
     return Targets.of(results)
 
 
-def _rows(groups: Sequence[Sequence[Request]], lm: LanguageModel, prefixes: Sequence[str]) -> _Rows:
-    """Rewriting rows (contexts x requests) and one divergence row for each group."""
-    requests = [request for group in groups for request in group]
-    group_of = [g for g, group in enumerate(groups) for _ in group]
-    ids: list[list[int]] = []
-    starts: list[int] = []
-    owner: list[int] = []
-    score: list[tuple[int, int, int, float]] = []
-    for prefix in prefixes:
-        for group, encoded in zip(
-            group_of, encode_requests(lm, requests, prefix=prefix), strict=True
-        ):
-            weight = 1 / (len(encoded.answer) * len(prefixes) * len(groups[group]))
-            first = encoded.prompt_length - 1 - encoded.subject_last
-            score += [
-                (len(ids), first + j, token, weight) for j, token in enumerate(encoded.answer)
-            ]
-            ids.append(encoded.ids[:-1])  # the last target token is predicted, never read
-            starts.append(encoded.subject_last)
-            owner.append(group)
-    # Read at the subject's last token, as the reference code does: what follows is never seen.
-    identity = [Request("{} is a", group[0].subject, group[0].target) for group in groups]
-    kl_ids = [
-        encoded.ids[: encoded.subject_last + 1]
-        for encoded in encode_requests(lm, identity, target=False)
-    ]
-    row, column, token, weights = zip(*score, strict=True)
-    return _Rows(
-        ids,
-        starts,
-        torch.tensor(owner),
-        torch.tensor(row),
-        torch.tensor(column),
-        torch.tensor(token),
-        torch.tensor(weights),
-        kl_ids,
-    )
-
-
 def _optimise(
-    lm: LanguageModel, rows: _Rows, n: int, layer: int, config: TargetConfig, batch_tokens: int
+    lm: LanguageModel, rows: TargetRows, n: int, layer: int, config: TargetConfig, batch_tokens: int
 ) -> Targets:
     """All deltas of one micro-batch."""
     device = lm.device
     inside = config.place == "mlp" and not lm.anatomy.additive
     below = layer - 1 if inside else layer
-    paused = pause(lm, rows.ids, rows.starts, below)
-    paused_kl = pause(lm, rows.kl_ids, [len(ids) - 1 for ids in rows.kl_ids], below)
-    bare = [rows.ids[int(i)][: rows.starts[int(i)] + 1] for i in _bare_rows(rows, n)]
-    streams = stream_at_subject(lm, bare, layer, batch_tokens=batch_tokens).to(device)
+    with subjects_hidden(lm, rows.veils):
+        paused = pause(lm, rows.ids, rows.starts, below)
+    with subjects_hidden(lm, rows.kl_veils):
+        paused_kl = pause(lm, rows.kl_ids, [len(ids) - 1 for ids in rows.kl_ids], below)
+    first = bare_rows(rows, n)
+    bare = [rows.ids[i][: rows.starts[i] + 1] for i in first]
+    veils = [rows.veils[i] for i in first]
+    streams = stream_at_subject(lm, bare, layer, batch_tokens=batch_tokens, veils=veils).to(device)
     if config.units == "absolute" and config.place == "mlp":
-        own = at_subject(lm, [bare], layer, batch_tokens=batch_tokens).values[:, 0].to(device)
+        seen = at_subject(lm, [bare], layer, batch_tokens=batch_tokens, veils=[veils])
+        own = seen.values[:, 0].to(device)
     else:
         own = streams
     norm = own.norm(dim=1).float().clamp(min=1e-12)
@@ -282,18 +220,19 @@ def _optimise(
     adam = torch.optim.Adam(
         [{"params": [d], "lr": float(rate)} for d, rate in zip(deltas, rates, strict=True)]
     )
-    first_nll = torch.full((n,), float("nan"), device=device)
-    last_nll, last_loss = first_nll.clone(), first_nll.clone()
+    first_said = torch.full((n,), float("nan"), device=device)
+    last_said, last_loss = first_said.clone(), first_said.clone()
+    open_ended = rows.open_ended.to(device)
     before: Tensor | None = None
     active = torch.arange(n)
-    plan = _Plan.of(rows, active, n, device)
+    plan = Plan.of(rows, active, n, device)
     with frozen(lm):
         for update in range(config.updates + 1):
             chosen = torch.stack([deltas[i] for i in active.tolist()])
             shifted = _Shifted(lm, layer, inside, chosen)
             logits = shifted(paused, plan.select, plan.owner, plan.row, plan.column)
             here = active.to(device)
-            nll = plan.mean_nll(logits).to(device)
+            said = plan.losses(logits).to(device)
             alone, column = torch.arange(len(active)), torch.zeros_like(active)
             log_p = shifted(paused_kl, plan.kl_select, alone.to(device), alone, column)
             log_p = log_p.float().log_softmax(dim=1).to(device)
@@ -303,11 +242,12 @@ def _optimise(
             kl = config.kl * (log_p.exp() * (log_p - known)).sum(dim=1)
             size = chosen.norm(dim=1)
             decay = decay_scale[here] * (size.square() if relative else size)
-            loss = nll + kl + decay
-            last_nll[here], last_loss[here] = nll.detach(), loss.detach()
+            loss = said + kl + decay
+            last_said[here], last_loss[here] = said.detach(), loss.detach()
             if update == 0:
-                first_nll[here] = nll.detach()
-            going = loss.detach().isfinite() & (loss.detach() >= config.stop_below)
+                first_said[here] = said.detach()
+            reached = (loss.detach() < config.stop_below) & ~open_ended[here]
+            going = loss.detach().isfinite() & ~reached
             if update == config.updates or not going.any():
                 break
             adam.zero_grad(set_to_none=True)
@@ -323,61 +263,21 @@ def _optimise(
                         deltas[i].mul_(radius[i] / length)
             if not going.all():
                 active = active[going.cpu()]
-                plan = _Plan.of(rows, active, n, device)
+                plan = Plan.of(rows, active, n, device)
     found = torch.stack([delta.detach() for delta in deltas]).double()
-    failed = {}
+    failed, less = {}, rows.less[first].tolist()
     for i in range(n):
         if not (last_loss[i].isfinite() and found[i].isfinite().all()):
             failed[i] = "its loss became NaN or infinite"
-        elif last_loss[i] >= config.stop_below and last_nll[i] > 0.999 * first_nll[i]:
+        elif (less[i] or last_loss[i] >= config.stop_below) and last_said[i] > 0.999 * first_said[
+            i
+        ]:
+            unit = "probability" if less[i] else "nats a token"
             failed[i] = (
-                f"its loss did not move ({first_nll[i]:.2f} nats a token before, "
-                f"{last_nll[i]:.2f} after)"
+                f"its loss did not move ({first_said[i]:.2f} {unit} before, "
+                f"{last_said[i]:.2f} after)"
             )
     return Targets(found, streams, last_loss, failed)
-
-
-@dataclass
-class _Plan:
-    """Which rows and scores are run for the deltas that are still moving."""
-
-    select: Tensor | None
-    """The rows; None if all."""
-    owner: Tensor
-    row: Tensor
-    column: Tensor
-    token: Tensor
-    weight: Tensor
-    score_owner: Tensor
-    kl_select: Tensor | None
-
-    @staticmethod
-    def of(rows: _Rows, active: Tensor, n: int, device: torch.device) -> _Plan:
-        rank = torch.full((n,), -1)
-        rank[active] = torch.arange(len(active))
-        owner = rank[rows.owner]
-        select = torch.nonzero(owner >= 0)[:, 0]
-        new_row = torch.full((len(rows.ids),), -1)
-        new_row[select] = torch.arange(len(select))
-        scored = torch.nonzero(new_row[rows.score_row] >= 0)[:, 0]
-        everything = len(active) == n
-        return _Plan(
-            select=None if everything else select,
-            owner=owner[select].to(device),
-            row=new_row[rows.score_row[scored]],
-            column=rows.score_column[scored],
-            token=rows.score_token[scored],
-            weight=rows.score_weight[scored],
-            score_owner=rank[rows.owner[rows.score_row[scored]]],
-            kl_select=None if everything else active,
-        )
-
-    def mean_nll(self, logits: Tensor) -> Tensor:
-        """(m, vocab) -> (a,), the mean of -log p(target) / len(target) over each delta's rows."""
-        device = logits.device
-        nll = cross_entropy(logits.float(), self.token.to(device), reduction="none")
-        owner, deltas = self.score_owner.to(device), int(self.owner.max()) + 1
-        return nll.new_zeros(deltas).index_add(0, owner, nll * self.weight.to(device))
 
 
 @dataclass
@@ -405,14 +305,6 @@ class _Shifted:
             with rewritten_output(self.lm.mlp(self.layer), shifted):
                 return paused.resume(states, row, column, select)
         return paused.resume(shifted(states), row, column, select)
-
-
-def _bare_rows(rows: _Rows, n: int) -> list[int]:
-    """The first row of each delta: its bare prompt."""
-    first: dict[int, int] = {}
-    for index, owner in enumerate(rows.owner.tolist()):
-        first.setdefault(owner, index)
-    return [first[i] for i in range(n)]
 
 
 def describe_failures(failed: dict[int, str], groups: Sequence[Sequence[Request]]) -> str:

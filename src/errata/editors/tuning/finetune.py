@@ -11,6 +11,9 @@ by changing a few matrices alone, until L is small or the updates are used up. T
   norm ||W - W0||_inf <= eps (Zhu et al. 2020, arXiv:2012.00363; the baseline of ROME's authors);
 - FT+KL: L + weight * KL(before || after) on the texts most similar to the requests (`locality.py`).
 
+Requests of other variants have other losses (`asked.py`); where one of them has no point at which
+it is reached, all updates are used.
+
 The reference code of FT scores all tokens of a target at the prompt's last position, without ever
 feeding them; `loss = "last-position"` does the same. It also trains the layer's bias, which an edit
 of matrices cannot hold: here it stays.
@@ -18,9 +21,9 @@ of matrices cannot hold: here it stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,17 +33,16 @@ from transformers import PreTrainedModel
 from errata.editors.background import Background
 from errata.editors.config import EditorConfig
 from errata.editors.editor import Editor
+from errata.editors.tuning.asked import Asked, Scored, asked_losses, asked_of
 from errata.editors.tuning.difference import Borrowed, borrowed, factors
 from errata.editors.tuning.locality import LocalityConfig, Pool, divergences
 from errata.edits.edit import Record
 from errata.edits.weights import WeightEdit
 from errata.errors import NotFiniteError
-from errata.lm.forward import logits_at
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, example_batches, losses
-from errata.lm.tokens import encode_answers, pad
+from errata.lm.loss import example_batches
 from errata.progress import Progress, silent
-from errata.requests import Request, check_batch, unique
+from errata.requests import VARIANTS, Request, check_batch, unique
 
 Matrices = Literal["mlp_out", "mlp_in", "mlp_in+mlp_out"]
 
@@ -68,7 +70,7 @@ class FineTuneConfig(EditorConfig):
     """How far any weight may move (FT+L), in the same units as the learning rate; None: freely."""
     units: Literal["relative", "absolute"] = "relative"
     """What `learning_rate` and `norm_limit` are measured in; the papers' numbers are `absolute`."""
-    loss: Literal["answer", "last-position"] = "answer"
+    loss: Scored = "answer"
     """What is lowered: the loss of the whole answer, token after token; or, as in the reference
     code, that of all its tokens at the prompt's last position (decoders only)."""
     rank: int | None = None
@@ -106,6 +108,7 @@ class FineTune(Editor):
 
     name = "ft"
     depth = (21 / 28, 21 / 28)  # the reference's GPT-J layer
+    variants: ClassVar[frozenset[str]] = frozenset(VARIANTS)
     config: FineTuneConfig
 
     def __init__(
@@ -145,13 +148,14 @@ class FineTune(Editor):
             progress: called with (stage, done, total).
 
         Raises:
-            ConfigError: the model has no such layer, or the loss is not for its kind.
+            ConfigError: the model has no such layer, or the loss is not for its kind or for the
+                requests' variants.
             RequestError: there is no request, or two contradict each other.
             NotFiniteError: the model, or the training, gives NaN or infinity.
             TokenizationError: a prompt or target has no token of its own, or is too long.
         """
         requests = unique(requests)
-        check_batch(requests)
+        check_batch(requests, self.variants)
         self.prepare(lm, progress=progress)
         pool = self._pools.get(lm.network)
         held = pool.nearest(lm, requests) if pool else []
@@ -159,7 +163,7 @@ class FineTune(Editor):
             training = _Training(
                 loan,
                 self.config,
-                [Example(request.text, request.target) for request in requests],
+                asked_of(lm, requests, self.config.loss),
                 [pool.rows[number] for number in held] if pool else [],
                 self.batch_tokens,
             )
@@ -228,7 +232,7 @@ class _Training:
 
     loan: Borrowed
     config: FineTuneConfig
-    examples: Sequence[Example]
+    asked: Sequence[Asked]
     rows: Sequence[Sequence[int]]
     """Token ids of the texts that are held on to."""
     batch_tokens: int
@@ -247,11 +251,12 @@ class _Training:
             ],
             weight_decay=self.config.weight_decay,
         )
+        open_ended = any(one.request.problem.open_ended for one in self.asked)
         first = 0.0
         for done in range(self.config.updates):
             loss = self._descend(done)
             first = first if done else loss
-            if loss < self.config.stop_below:
+            if loss < self.config.stop_below and not open_ended:
                 return done, first
             adam.step()
             adam.zero_grad()
@@ -262,22 +267,28 @@ class _Training:
 
     @torch.no_grad()
     def each(self) -> list[float]:
-        """Each example's loss on the weights as they are now.
+        """Each request's loss on the weights as they are now.
 
         Raises:
             NotFiniteError: one is NaN or infinite.
         """
-        found = torch.zeros(len(self.examples), dtype=torch.float64)
+        found = torch.zeros(self._requests, dtype=torch.float64)
         for group, each in self._losses():
-            found[group] = each.to(found)
+            for one, loss in zip(group, each.tolist(), strict=True):
+                found[one.number] += one.share * loss
         self._check(float(found.sum()), self.config.updates)
         return found.tolist()
 
+    @property
+    def _requests(self) -> int:
+        return self.asked[-1].number + 1
+
     def _descend(self, done: int) -> float:
-        """The mean loss of the answers; its gradient and KL's are left on the copies."""
+        """The requests' mean loss; its gradient and KL's are left on the copies."""
         loss = 0.0
-        for _, each in self._losses():
-            share = each.sum() / len(self.examples)
+        for group, each in self._losses():
+            shares = each.new_tensor([one.share for one in group])
+            share = (shares * each).sum() / self._requests
             loss += float(share.detach())
             self._add(share)
         for share in divergences(self.loan, self.rows):
@@ -285,12 +296,12 @@ class _Training:
         self._check(loss, done)
         return loss
 
-    def _losses(self) -> Iterable[tuple[list[int], Tensor]]:
-        """Batch by batch: which examples, and the loss of each."""
+    def _losses(self) -> Iterable[tuple[list[Asked], Tensor]]:
+        """Batch by batch: what is asked, and the loss of each."""
         lm = self.loan.lm
-        found: Callable[..., Tensor] = losses if self.config.loss == "answer" else last_position
-        for group in example_batches(lm, self.examples, self.batch_tokens):
-            yield group, found(lm, [self.examples[i] for i in group])
+        for group in example_batches(lm, [one.example for one in self.asked], self.batch_tokens):
+            some = [self.asked[i] for i in group]
+            yield some, asked_losses(lm, some, self.config.loss)
 
     def _add(self, loss: Tensor) -> None:
         """Add the loss' gradient to that of the copies."""
@@ -328,19 +339,3 @@ class _Training:
             f"fine-tuning left all bounds after {done} updates: the loss is not finite. Lower "
             f"learning_rate, which is {self.config.learning_rate}."
         )
-
-
-def last_position(lm: LanguageModel, examples: Sequence[Example]) -> Tensor:
-    """Mean negative log-likelihood (n,) of each answer's tokens, all at the prompt's last position.
-
-    Raises:
-        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
-        ConfigError: the model is not a decoder.
-    """
-    texts = encode_answers(lm, [e.prompt for e in examples], [e.answer for e in examples])
-    batch = pad(lm, [text.ids[: text.prompt_length] for text in texts])
-    ends = torch.tensor([text.prompt_length - 1 for text in texts])
-    logits = logits_at(lm, batch, torch.arange(len(texts)), ends, ends.tolist())
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    said = logits.log_softmax(dim=1)
-    return torch.stack([-said[i, text.answer].mean() for i, text in enumerate(texts)])
