@@ -101,6 +101,14 @@ class LowRank:
         return is_finite(self.left) and is_finite(self.right)
 
     @classmethod
+    def exact(cls, change: Tensor) -> Self:
+        """A whole matrix (d_out, d_in): itself beside the smaller identity, without any error."""
+        d_out, d_in = change.shape
+        identity = torch.eye(min(d_out, d_in), dtype=change.dtype, device=change.device)
+        change = change.contiguous()
+        return cls(change, identity) if d_in <= d_out else cls(identity, change)
+
+    @classmethod
     def zero(cls, d_out: int, d_in: int) -> Self:
         """The change that changes nothing; its rank is 0."""
         return cls(torch.zeros(d_out, 0), torch.zeros(0, d_in))

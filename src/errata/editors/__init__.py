@@ -10,6 +10,8 @@ from errata.editors.closed_form.memit import Memit, MemitConfig
 from errata.editors.closed_form.rome import Rome, RomeConfig
 from errata.editors.config import Config, EditorConfig
 from errata.editors.editor import Editor
+from errata.editors.hypernet.enn import Enn, EnnConfig
+from errata.editors.hypernet.ke import Ke, KeConfig
 from errata.editors.hypernet.mend import Mend, MendConfig
 from errata.editors.hypernet.salem import Salem, SalemConfig
 from errata.editors.memory.grace import Grace, GraceConfig
@@ -75,6 +77,10 @@ EDITORS: dict[str, Method] = {
     ),
     "grace": Method(
         Grace, GraceConfig, "a codebook with radii beside one layer", "arXiv:2211.11031", _ALL
+    ),
+    "ke": Method(Ke, KeConfig, "a network reads what should change", "arXiv:2104.08164", _ALL),
+    "enn": Method(
+        Enn, EnnConfig, "the model is retrained to be easily edited", "arXiv:2004.00345", _ALL
     ),
     "mend": Method(
         Mend, MendConfig, "a network learns to make edits of gradients", "arXiv:2110.11309", _ALL

@@ -127,6 +127,27 @@ def answer_logits(lm: LanguageModel, examples: Sequence[Example]) -> Answers:
     return Answers(rows.to(logits.device), logits, wanted.to(logits.device))
 
 
+def check_examples(lm: LanguageModel, examples: Sequence[Example]) -> None:
+    """Refuse what no pass could answer, before any is made.
+
+    Raises:
+        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
+        RequestError: a classifier has no such label.
+    """
+    prompts, answers = [e.prompt for e in examples], [e.answer for e in examples]
+    if lm.task == "classify":
+        encode(lm, prompts)
+        for example in examples:
+            _label(lm, example)
+    elif lm.kind == "encoder-decoder":
+        encode(lm, prompts)
+        _answer_texts(lm, answers)
+    elif lm.kind == "decoder":
+        encode_answers(lm, prompts, answers)
+    else:
+        encode_masked(lm, prompts, answers)
+
+
 def example_batches(
     lm: LanguageModel, examples: Sequence[Example], max_tokens: int
 ) -> list[list[int]]:
@@ -201,11 +222,7 @@ def _answered(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str])
     """Answers that are texts of their own."""
     asks = encode(lm, prompts)
     batch = pad(lm, asks)
-    texts = encode(lm, [answer.strip() for answer in answers])
-    added = lm.tokenizer.num_special_tokens_to_add()
-    for text, answer in zip(texts, answers, strict=True):
-        if len(text) <= added:
-            raise TokenizationError(f"the answer {answer!r} has no token of its own.")
+    texts = _answer_texts(lm, answers)
     rows, columns, wanted = _places([(0, text) for text in texts])
     target = pad(lm, texts)
     labels = target.ids.masked_fill(target.mask == 0, _IGNORED)
@@ -218,6 +235,20 @@ def _answered(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str])
             use_cache=False,
         ).logits
     return rows, logits, wanted
+
+
+def _answer_texts(lm: LanguageModel, answers: Sequence[str]) -> list[list[int]]:
+    """Token ids of answers that are texts of their own.
+
+    Raises:
+        TokenizationError: an answer has no token of its own, or is too long.
+    """
+    texts = encode(lm, [answer.strip() for answer in answers])
+    added = lm.tokenizer.num_special_tokens_to_add()
+    for text, answer in zip(texts, answers, strict=True):
+        if len(text) <= added:
+            raise TokenizationError(f"the answer {answer!r} has no token of its own.")
+    return texts
 
 
 def _places(answers: Sequence[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,6 +29,9 @@ Factors = tuple[Tensor, Tensor]
 """Changes of n owners to one matrix: left (n, d_out, r), right (n, r, d_in); zeros where one has
 fewer than r rows."""
 
+TYPICAL = 64
+"""How many examples' gradients say what a typical one is."""
+
 
 @dataclass(frozen=True)
 class Decomposed:
@@ -49,12 +52,9 @@ class Decomposed:
     def low_rank(self) -> LowRank:
         """The sum over all rows; its rank is at most their number, and at most d_in and d_out."""
         left, right = self.deltas.mT, self.inputs
-        d_out, d_in = left.shape[0], right.shape[1]
-        if len(right) <= min(d_out, d_in):
+        if len(right) <= min(left.shape[0], right.shape[1]):
             return LowRank(left, right)
-        identity = torch.eye(min(d_out, d_in), dtype=left.dtype, device=left.device)
-        total = left @ right  # more rows than that are one small matrix
-        return LowRank(total, identity) if d_in <= d_out else LowRank(identity, total)
+        return LowRank.exact(left @ right)  # more rows than that are one small matrix
 
     def stacked(self, owners: int) -> Factors:
         """Each owner's sum as factors of its own, with gradient."""
@@ -66,6 +66,12 @@ class Decomposed:
         left = self.deltas.new_zeros(owners, width, self.deltas.shape[1])
         right = self.inputs.new_zeros(owners, width, self.inputs.shape[1])
         return left.index_put(where, self.deltas).mT, right.index_put(where, self.inputs)
+
+    def mean_square(self, owners: int) -> Tensor:
+        """(n,) the mean squared entry of each owner's sum, never dense."""
+        left, right = self.stacked(owners)
+        squares = ((left.mT @ left) * (right @ right.mT)).sum(dim=(1, 2))
+        return squares / (left.shape[1] * right.shape[2])
 
 
 def decompose(
@@ -91,15 +97,34 @@ def decompose(
         TokenizationError: a prompt or answer has no token of its own, or a text is too long.
     """
     parts = [
-        _one_pass(lm, [examples[i] for i in sorted(group)], paths, torch.tensor(sorted(group)))
+        one_pass(lm, [examples[i] for i in sorted(group)], paths, torch.tensor(sorted(group)))
         for group in example_batches(lm, examples, batch_tokens)
     ]
-    return {path: _joined([part[path] for part in parts]) for path in paths}
+    return {path: joined([part[path] for part in parts]) for path in paths}
 
 
-def _one_pass(
-    lm: LanguageModel, examples: Sequence[Example], paths: Sequence[str], numbers: Tensor
+def one_pass(
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    paths: Sequence[str],
+    numbers: Tensor | None = None,
+    *,
+    differentiable: bool = False,
 ) -> dict[str, Decomposed]:
+    """The same from a single pass, in which row i is example i.
+
+    Args:
+        lm: the model, as whatever contexts are open make it.
+        examples: prompts with the answers that are wanted.
+        paths: module paths of the matrices.
+        numbers: (n,) the examples' numbers as owners, ascending; by default 0 to n - 1.
+        differentiable: whether the gradients have gradients of their own.
+
+    Raises:
+        NotFiniteError: the loss or a gradient is NaN or infinite.
+        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
+    """
+    numbers = torch.arange(len(examples)) if numbers is None else numbers
     outputs: dict[str, Tensor] = {}
 
     def kept(path: str) -> Callable[[Tensor], Tensor]:
@@ -123,10 +148,24 @@ def _one_pass(
                 f"{lm.name} gives {worst.answer!r} after {worst.prompt!r} a loss that is not "
                 "finite: its dtype overflows (try float32 or bfloat16)."
             )
-        deltas = torch.autograd.grad(loss.sum(), [outputs[path] for path in paths])
+        deltas = torch.autograd.grad(
+            loss.sum(), [outputs[path] for path in paths], create_graph=differentiable
+        )
+    found = {}
+    for path, delta in zip(paths, deltas, strict=True):
+        inputs = seen.inputs[path]
+        found[path] = _rows(lm, path, inputs if differentiable else inputs.detach(), delta, numbers)
+    return found
+
+
+def typical(
+    lm: LanguageModel, examples: Sequence[Example], paths: Sequence[str]
+) -> dict[str, float]:
+    """The root mean square entry of each matrix' gradient, of the first `TYPICAL` examples."""
+    some = examples[:TYPICAL]
     return {
-        path: _rows(lm, path, seen.inputs[path].detach(), delta, numbers)
-        for path, delta in zip(paths, deltas, strict=True)
+        path: float(rows.mean_square(len(some)).mean().sqrt())
+        for path, rows in decompose(lm, some, paths).items()
     }
 
 
@@ -145,8 +184,8 @@ def _rows(
     return Decomposed(inputs[real].to(dtype), deltas[real].to(dtype), owner)
 
 
-def _joined(parts: Sequence[Decomposed]) -> Decomposed:
-    """The rows of several passes, in their owners' order."""
+def joined(parts: Sequence[Decomposed]) -> Decomposed:
+    """The rows of several sums, in their owners' order."""
     owner = torch.cat([part.owner for part in parts])
     order = owner.argsort(stable=True)
     return Decomposed(

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from errata.editors.hypernet.learnt import last_blocks
 from errata.editors.hypernet.network import NetworkConfig, NetworkEditor, fit_network
 from errata.editors.trainable import Fit, Trainable, TrainingCases
 from errata.lm.load import LanguageModel
 from errata.progress import Progress, silent
-
-LAYERS = 3
-"""How many blocks are edited unless they are named: the last ones."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ class Mend(Trainable):
         Raises:
             ConfigError: a layer is beyond the model's depth.
         """
-        if self.config.layers:
-            return super().layers(lm)
-        return tuple(range(max(0, lm.layers - LAYERS), lm.layers))
+        return super().layers(lm) if self.config.layers else last_blocks(lm)
 
     def fit(
         self,

@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from errata.editors.config import EditorConfig
-from errata.editors.hypernet.gradients import Decomposed, decompose, stacked
+from errata.algebra.low_rank import LowRank
+from errata.editors.hypernet.gradients import decompose, stacked
+from errata.editors.hypernet.learnt import LearntConfig, LearntEditor, fit_learner
 from errata.editors.hypernet.objective import ObjectiveConfig, Questions, example, outer_loss
-from errata.editors.hypernet.training import Learner, TrainingConfig, train
+from errata.editors.hypernet.training import Learner
 from errata.editors.hypernet.transform import TransformConfig, Update
-from errata.editors.trainable import Fit, Fitted, TrainingCases, frozen_copy
-from errata.edits.edit import Record
-from errata.edits.weights import WeightEdit
-from errata.errors import FitError
+from errata.editors.trainable import Fit, TrainingCases, frozen_copy
 from errata.lm.load import LanguageModel
-from errata.lm.weights import weight_out_in
-from errata.progress import Progress, silent
-from errata.requests import Case, Request, check_batch, unique
+from errata.progress import Progress
+from errata.requests import Case, Request
 
 
 @dataclass(frozen=True)
-class NetworkConfig(EditorConfig):
+class NetworkConfig(LearntConfig):
     """Numbers of the editors with MEND's network."""
 
     network: TransformConfig = field(default_factory=TransformConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-class NetworkEditor(Fitted):
+AConfig = TypeVar("AConfig", bound=NetworkConfig)
+
+
+class NetworkEditor(LearntEditor):
     """An editor that passes gradients through a network which has learnt to make edits of them.
 
     The change of each matrix is low-rank by construction: a row for each token that has a gradient.
@@ -67,41 +65,12 @@ class NetworkEditor(Fitted):
         """The network's parameters and running moments."""
         return frozen_copy(self.update.state_dict())
 
-    def edit(
-        self, lm: LanguageModel, requests: Sequence[Request], *, progress: Progress = silent
-    ) -> WeightEdit:
-        """Compute the change: one pass for the gradients of all requests, then the network.
-
-        Raises:
-            WrongModelError: it was fitted to another model.
-            RequestError: there is no request, or two contradict each other.
-            NotFiniteError: the loss or a gradient is NaN or infinite.
-        """
-        requests = unique(requests)
-        check_batch(requests)
-        self.check(lm)
-        progress("gradients", 0, 1)
-        changes = self.changes(lm, requests)
-        progress("gradients", 1, 1)
-        return WeightEdit.of(
-            lm,
-            {path: change.low_rank().to(dtype=torch.float32) for path, change in changes.items()},
-            requests=requests,
-            record=Record.of(
-                lm,
-                method=self.name,
-                config=self.config,
-                seed=self.config.seed,
-                notes={"left out": [], "fit": self.fit.notes},
-            ),
-        )
-
     @torch.no_grad()
-    def changes(self, lm: LanguageModel, requests: Sequence[Request]) -> dict[str, Decomposed]:
-        """Each matrix' change in rows, owned by the requests."""
+    def change(self, lm: LanguageModel, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """The change of each matrix that carries out all requests."""
         gradients = decompose(lm, [example(r) for r in requests], self.update.paths)
-        changes: dict[str, Decomposed] = self.update.to(lm.device)(gradients)
-        return changes
+        changes = self.update.to(lm.device)(gradients)
+        return {path: rows.low_rank().to(dtype=torch.float32) for path, rows in changes.items()}
 
 
 class NetworkLearner(Learner):
@@ -136,52 +105,27 @@ def fit_network(
     lm: LanguageModel,
     layers: Sequence[int],
     cases: TrainingCases,
-    config: NetworkConfig,
+    config: AConfig,
     *,
     folder: Path | None,
     notes: Mapping[str, Any],
     progress: Progress,
-) -> tuple[NetworkConfig, Fit, Update]:
-    """Train a network for the MLP matrices of some blocks: what a `NetworkEditor` is made of.
+) -> tuple[AConfig, Fit, Update]:
+    """Train a network for the MLP matrices of some blocks (see `fit_learner`).
 
-    Args:
-        lm: the model; it is left as it is.
-        layers: the blocks.
-        cases: what to learn from.
-        config: the numbers.
-        folder: where checkpoints are kept.
-        notes: what else the editor's file should tell.
-        progress: called with (stage, done, total).
-
-    Raises:
-        FitError: no case has neighbours, or the loss became NaN.
+    Returns:
+        What a `NetworkEditor` is made of.
     """
-    if config.objective.kept and not any(case.neighbours for case in cases.train):
-        raise FitError(
-            "no case to learn from has neighbours, so the editor cannot learn what must stay. Give "
-            "cases that have some, such as CounterFact's, or set objective.kept = 0."
-        )
-    paths = tuple(p for layer in layers for p in (lm.mlp_in_path(layer), lm.mlp_out_path(layer)))
-    lm.check_finite(paths)
-    config = replace(config, layers=tuple(layers))
-    update = Update.of(lm, paths, config.network, seed=config.seed)
-    fit = Fit.of(lm, paths)
-    trained = train(
-        NetworkLearner(lm, update, config.objective),
+    config, fit, learner = fit_learner(
+        lm,
+        layers,
         cases,
-        config.training,
-        seed=config.seed,
+        config,
+        lambda paths: NetworkLearner(
+            lm, Update.of(lm, paths, config.network, seed=config.seed), config.objective
+        ),
         folder=folder,
-        identity={
-            "base": fit.base,
-            "network": config.network.to_dict(),
-            "objective": config.objective.to_dict(),
-        },
+        notes=notes,
         progress=progress,
     )
-    told = {
-        "cases": {"train": len(cases.train), "validation": len(cases.validation)},
-        "training": trained,
-        "shapes": {path: tuple(weight_out_in(lm.module(path)).shape) for path in paths},
-    }
-    return config, fit.with_notes(told | dict(notes)), update
+    return config, fit, learner.update

@@ -105,6 +105,8 @@ def outer_loss(
     questions: Questions,
     changes: Mapping[str, Factors],
     config: ObjectiveConfig,
+    *,
+    before: Answers | None = None,
 ) -> dict[str, Tensor]:
     """The loss of n edited models, with gradient for their changes.
 
@@ -113,6 +115,7 @@ def outer_loss(
         questions: what the n cases ask.
         changes: the n changes of each edited matrix.
         config: what counts how much.
+        before: what neighbours were answered, if not as `lm` answers them now.
 
     Returns:
         `loss`, and what it is made of: `edit`, the mean NLL; `kept`, the mean divergence (0 where
@@ -121,8 +124,7 @@ def outer_loss(
     asked = [*questions.wanted, *questions.kept]
     owner = torch.tensor([*questions.wanted_of, *questions.kept_of])
     with frozen(lm):
-        before = None
-        if questions.kept:
+        if before is None and questions.kept:
             with torch.no_grad():
                 before = answer_logits(lm, questions.kept)
         with low_rank_applied(lm, changes, owner):

@@ -85,9 +85,7 @@ def factors(change: Tensor, rank: int | None) -> tuple[LowRank, float]:
     """
     d_out, d_in = change.shape
     if rank is None or rank >= min(d_out, d_in):
-        if d_in <= d_out:
-            return LowRank(change.contiguous(), torch.eye(d_in).to(change)), 0.0
-        return LowRank(torch.eye(d_out).to(change), change.contiguous()), 0.0
+        return LowRank.exact(change), 0.0
     if d_in < d_out:
         found, missed = factors(change.mT, rank)
         return LowRank(found.right.mT.contiguous(), found.left.mT.contiguous()), missed
