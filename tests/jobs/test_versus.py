@@ -15,16 +15,8 @@ from errata.errors import ConfigError, RequestError
 from errata.jobs import locate as job
 from errata.jobs.locating_report import render, versus_rows
 from errata.jobs.pictures import against_edits
-from errata.jobs.versus import (
-    MODELS,
-    Located,
-    Versus,
-    correlation,
-    explained,
-    largest,
-    table,
-    versus,
-)
+from errata.jobs.regressions import MODELS, Located, added, correlation, explained, table
+from errata.jobs.versus import Versus, largest, versus
 from errata.lm.load import LanguageModel
 from errata.locate.tracing import Skipped, trace
 from errata.requests import Request
@@ -89,6 +81,15 @@ def test_what_tracing_adds_is_seen_where_there_is_something() -> None:
     assert by["layer", "mlp"] - by["layer",] > 0.1
     by = {one.features: one.r2.mean for one in study(made_up(40)).explained}
     assert by["layer", "mlp"] - by["layer",] < 0.01
+
+
+def test_what_tracing_adds_is_the_difference_of_the_regressions() -> None:
+    facts = made_up(40, informed=0.5)
+    more = added(facts, "mlp")
+    both, alone = explained(facts, ("layer", "mlp")), explained(facts, ("layer",))
+    assert more.mean == pytest.approx(both.mean - alone.mean) and more.low > 0
+    # Of the same samples: narrower than the regressions' own intervals.
+    assert more.high - more.low < both.high - alone.low
 
 
 def test_scores_that_do_not_vary_explain_nothing() -> None:

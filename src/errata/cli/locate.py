@@ -175,9 +175,15 @@ def neurons(factor: float, **shared: Any) -> None:
 
 @locate.command(short_help="Does locating tell where to edit?")
 @options.method_options("rome", layers_help="Only these layers, such as 0-7 or 0,4,8.")
+@click.option("--variant", help="Pose the known facts as this problem, such as fact-erasure.")
 @_inputs_and_outputs("versus")
 def versus(
-    method: str, layers: str | None, pairs: tuple[str, ...], corpus: str | None, **shared: Any
+    method: str,
+    layers: str | None,
+    pairs: tuple[str, ...],
+    corpus: str | None,
+    variant: str | None,
+    **shared: Any,
 ) -> None:
     """Locating against editing: trace each fact, edit it in each layer, correlate.
 
@@ -191,6 +197,7 @@ def versus(
         method=method,
         settings=options.settings(pairs),
         layers=options.layers(layers),
+        variant=variant,
         corpus=corpus,
     )
     result = _located(work, facts_by_default=30, **shared)
@@ -207,6 +214,99 @@ def versus(
             found.add_row(*row)
         terminal.print(found)
     _close(result.skipped, None, shared)
+
+
+@locate.command(short_help="Five editing problems in every layer, beside tracing.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("ft", "rome", "memit"),
+    show_default=True,
+    help="May be repeated.",
+)
+@click.option(
+    "--variant", "variants", multiple=True, help="Only this problem. May be repeated; all five."
+)
+@click.option("--layers", help="Only these layers, such as 0-7 or 0,4,8.")
+@click.option(
+    "--set",
+    "pairs",
+    metavar="METHOD.KEY=VALUE",
+    multiple=True,
+    help="One of a method's numbers, such as rome.target.updates=20. May be repeated.",
+)
+@click.option("--cases", default="pocket", show_default=True, help="As for `errata edit`.")
+@click.option(
+    "-n", "--count", default=10, show_default=True, type=click.IntRange(min=1), help="Of each seed."
+)
+@click.option("--seeds", default="0", show_default=True, help="Such as 0-2 or 0,1,2.")
+@click.option("--corpus", metavar="TEXT", help="Ordinary text for the second moments.")
+@click.option(
+    "--folder",
+    type=options.FOLDER,
+    help="Where finished parts are kept; OUT with .parts unless told otherwise.",
+)
+@options.model_option()
+@click.option("-o", "--out", default=Path("variants.json"), show_default=True, type=options.FILE)
+@click.option("--figure", type=options.FILE, help="A picture, .png or .svg.")
+@click.option("--report", type=options.FILE, help="The page; OUT with .html by default.")
+def variants(
+    methods: tuple[str, ...],
+    variants: tuple[str, ...],
+    layers: str | None,
+    pairs: tuple[str, ...],
+    cases: str,
+    count: int,
+    seeds: str,
+    corpus: str | None,
+    folder: Path | None,
+    model: str,
+    dtype: str | None,
+    device: str | None,
+    out: Path,
+    figure: Path | None,
+    report: Path | None,
+) -> None:
+    """Five editing problems, by several methods in every layer, beside what tracing says.
+
+    Error injection, tracing reversal, fact erasure, amplification and forcing, as Hase et al. pose
+    them, of facts that the model knows. Takes long; what is finished is kept, and a run that was
+    cut short goes on.
+    """
+    from errata.jobs.locating_report import Places
+    from errata.jobs.methods import nested
+    from errata.jobs.models import as_model
+    from errata.jobs.problem_tables import problem_rows
+    from errata.jobs.problems import problems
+
+    places = Places(out, figure, report or out.with_suffix(".html"))
+    places.check()
+    with console.progress() as bars:
+        result = problems(
+            as_model(model, dtype=dtype, device=device),
+            cases,
+            methods=methods,
+            variants=variants,
+            settings=nested(options.settings(pairs)),
+            layers=options.layers(layers),
+            count=count,
+            seeds=options.layers(seeds) or (0,),
+            folder=folder or out.with_suffix(".parts"),
+            corpus=corpus,
+            progress=bars,
+        )
+        places.write(result)
+    terminal = console.out()
+    terminal.print("Each fact edited in each layer alone; 95% intervals in brackets")
+    for title, columns, rows in problem_rows(result):
+        terminal.print()
+        terminal.print(Text(title, "bold"))
+        found = tables.plain(*columns)
+        for row in rows:
+            found.add_row(*row)
+        terminal.print(found)
+    _close(result.skipped, None, {"out": out, "report": report, "figure": figure, "model": model})
 
 
 def _located(

@@ -23,6 +23,7 @@ from errata.jobs.cases import demo_cases, one_case, read_cases, with_pocket_chec
 from errata.jobs.files import write_text
 from errata.jobs.layers import How, Recommendation, neutral_for, recommend_layers, window_for
 from errata.jobs.models import is_pocket
+from errata.jobs.problems import Problems
 from errata.jobs.record import now, versions
 from errata.jobs.versus import Versus
 from errata.lm.generate import complete
@@ -99,13 +100,14 @@ class KnowledgeNeurons:
         return cls(values["model"], values["layers"], values["width"], facts, skipped)
 
 
-Result = Traces | Saliency | KnowledgeNeurons | Versus
+Result = Traces | Saliency | KnowledgeNeurons | Versus | Problems
 
 RESULTS: dict[str, type[Result]] = {
     "tracing": Traces,
     "saliency": Saliency,
     "neurons": KnowledgeNeurons,
     "versus": Versus,
+    "variants": Problems,
 }
 """What `errata locate NAME` finds."""
 

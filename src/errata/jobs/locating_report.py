@@ -17,13 +17,17 @@ from errata.jobs import maps, pictures
 from errata.jobs.figures import as_svg, check_figure, counted, save_figure
 from errata.jobs.files import check_writable, write_text
 from errata.jobs.locate import KnowledgeNeurons, Result, save
+from errata.jobs.numbers import estimate, number
+from errata.jobs.problem_tables import problem_rows
+from errata.jobs.problems import Problems
 from errata.jobs.record import now, versions
+from errata.jobs.regressions import PREDICTORS, table
 from errata.jobs.report import page
-from errata.jobs.versus import PREDICTORS, Versus, table
+from errata.jobs.versus import Versus
 from errata.locate.neurons import Effect
 from errata.locate.saliency import Saliency
 from errata.locate.tracing import AverageEffect, Skipped, Trace, Traces, average
-from errata.measure.metrics import Estimate, interval
+from errata.measure.metrics import interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,6 +117,8 @@ def title(result: Result) -> str:
         return f"Gradient saliency for {counted(result.examples, 'fact')}"
     if isinstance(result, KnowledgeNeurons):
         return f"Knowledge neurons of {counted(len(result.facts), 'fact')}"
+    if isinstance(result, Problems):
+        return "Locating against editing, five problems"
     return f"Locating against editing, {counted(len(result.facts), 'fact')}"
 
 
@@ -125,6 +131,8 @@ def figure(result: Result) -> Figure:
         return pictures.saliency_bars(result)
     if isinstance(result, KnowledgeNeurons):
         return pictures.neuron_scatter(result)
+    if isinstance(result, Problems):
+        return pictures.problem_lines(result)
     return pictures.against_edits(result)
 
 
@@ -165,6 +173,8 @@ def _sections(result: Result) -> Iterator[Section]:
         yield _saliency(result)
     elif isinstance(result, KnowledgeNeurons):
         yield from _neurons(result)
+    elif isinstance(result, Problems):
+        yield _problems(result)
     else:
         yield from _versus(result)
 
@@ -184,13 +194,13 @@ def _tracing(traces: Traces) -> Iterator[Section]:
         yield Section(
             "As maps", "The same averages, tokens by layers.", as_svg(maps.average_maps(found))
         )
-    for number, fact in enumerate(facts[:SHOWN]):
+    for place, fact in enumerate(facts[:SHOWN]):
         first = fact[0]
         lead = (
             f"The clean run gives {first.answer.strip()} {first.clean:.3f}; noise on the subject "
             f"leaves {first.corrupted:.3f} (mean of {first.noise.samples} samples)."
         )
-        if number == 0 and len(facts) > SHOWN:
+        if place == 0 and len(facts) > SHOWN:
             lead += f" The first {SHOWN} of {len(facts)} facts are shown; the JSON has all."
         drawn = as_svg(maps.heat_maps(fact))
         yield Section(first.request.text, lead, drawn, tuple(map(_trace_table, fact)))
@@ -321,6 +331,17 @@ def versus_rows(found: Versus) -> list[tuple[str, tuple[str, ...], tuple[tuple[s
     ]
 
 
+def _problems(found: Problems) -> Section:
+    return Section(
+        "What is to be done with the fact, by which method, in which layer",
+        "Each fact edited in each layer alone. The rewrite score is the share of the possible that "
+        "an edit reached; overall, with the paraphrase's and how well a neighbour's probability "
+        "stayed. If tracing told where to edit, it would explain scores beyond the layer's mean.",
+        as_svg(pictures.problem_lines(found)),
+        tuple(Table(*parts, open=True) for parts in problem_rows(found)),
+    )
+
+
 def reactions(effect: Effect) -> list[tuple[str, str, str, str]]:
     """Mean probabilities as they are, silent and amplified: of the fact, then of others."""
     groups = {"the answer": effect.facts, "other facts' answers": effect.others}
@@ -339,18 +360,6 @@ def reactions(effect: Effect) -> list[tuple[str, str, str, str]]:
 def features(names: Sequence[str]) -> str:
     """What a regression goes by, in words."""
     return " + ".join("layer" if name == "layer" else pictures.NAMES[name] for name in names)
-
-
-def estimate(value: Estimate, places: int = 2) -> str:
-    """`0.31 [0.22, 0.41]`; what is not known is a dash."""
-    if math.isnan(value.mean) or math.isnan(value.low):
-        return number(value.mean)
-    return f"{value.mean:.{places}f} [{value.low:.{places}f}, {value.high:.{places}f}]"
-
-
-def number(value: float) -> str:
-    """Three decimals; what is not known is a dash."""
-    return "\N{EN DASH}" if math.isnan(value) else f"{value:.3f}"
 
 
 def _layers(count: int) -> tuple[str, ...]:

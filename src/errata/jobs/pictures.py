@@ -19,7 +19,9 @@ from errata.jobs.figures import (
     subtitle,
 )
 from errata.jobs.locate import KnowledgeNeurons
-from errata.jobs.versus import PREDICTORS, Versus, table
+from errata.jobs.problems import Problems
+from errata.jobs.regressions import PREDICTORS, table
+from errata.jobs.versus import Versus
 from errata.locate.saliency import Saliency
 from errata.measure.metrics import interval
 
@@ -161,6 +163,45 @@ def against_edits(versus: Versus) -> Figure:
             figure,
             "Does locating a fact tell where to edit it?",
             f"{versus.model}, {versus.method}, {counted(len(versus.facts), 'fact')}; 95% bands",
+        )
+    return figure
+
+
+def problem_lines(problems: Problems) -> Figure:
+    """The rewrite score by layer, a panel for each method and a line for each problem."""
+    methods = list(dict.fromkeys(study.method for study in problems.studies))
+    with style():
+        figure, panels = blank(1.2 + 3.9 * (len(methods) + 1), 3.8, len(methods) + 1)
+        for axes, method in zip(panels, methods, strict=False):
+            mine = [study for study in problems.studies if study.method == method]
+            for number, study in enumerate(mine):
+                columns = table(study.facts, "score").T
+                line = [(float(at), interval(column)) for at, column in enumerate(columns)]
+                draw_line(axes, line, number, study.variant)
+            subtitle(axes, f"{method}: rewrite score")
+            axes.set_ylim(-0.03, 1.03)
+        widest = max(problems.studies, key=lambda study: len(study.facts))
+        for number, name in enumerate(("state", "mlp"), 5):
+            columns = table(widest.facts, name).T
+            line = [(float(at), interval(column)) for at, column in enumerate(columns)]
+            draw_line(panels[-1], line, number, NAMES[name])
+        subtitle(panels[-1], "tracing")
+        for axes in panels:
+            axes.grid(axis="y")
+            axes.set_xlabel("layer")
+            axes.set_xticks(range(len(widest.layers)), map(str, widest.layers))
+        named = {
+            name: line
+            for axes in (panels[0], panels[-1])
+            for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            named.values(), named.keys(), loc="outside lower right", ncols=7, handlelength=2.2
+        )
+        head(
+            figure,
+            "Five editing problems, layer by layer",
+            f"{problems.model}, {counted(len(widest.facts), 'fact')} at most; 95% bands",
         )
     return figure
 
