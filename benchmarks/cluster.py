@@ -56,7 +56,7 @@ def units(bench: Bench, source: Source, places: Places) -> Tensor:
         corpus="pocket",
         corpus_tokens=bench.moment_tokens,
     ).to_dict()
-    jobs: list[Job] = [(found | {"seed": seed}, "") for seed in range(UNITS)]
+    jobs: list[Job] = [(found | {"seed": seed}, "", "") for seed in range(UNITS)]
     means: dict[int, list[float]] = {}
     for done in map_(work, jobs, **places):
         if done.value is None:

@@ -76,6 +76,13 @@ def test_settings_for_a_model_add_to_the_editors(tmp_path: Path) -> None:
     assert told["pocket-llama"] == {"relaxation": 0.1, "target": {"clamp": 3.0}, "layers": [1]}
 
 
+def test_facts_may_choose_the_layers(tmp_path: Path) -> None:
+    units = load(tmp_path, PLAIN, MEMIT, 'settings = { layers = "auto:tracing" }').units()
+    assert {unit.settings["layers"] for unit in units} == {"auto:tracing"}
+    told = refused(tmp_path, PLAIN, MEMIT, 'settings = { layers = "auto:guess" }')
+    assert "give a list of blocks, or auto:saliency or auto:tracing" in told
+
+
 def test_an_editor_may_run_on_some_models_only(tmp_path: Path) -> None:
     units = load(tmp_path, PLAIN, MEMIT, 'models = ["pocket"]').units()
     assert {unit.model for unit in units} == {"pocket"}

@@ -40,6 +40,7 @@ def test_settings_that_say_the_default_or_the_recipe_are_no_part_of_a_key() -> N
         {"method": "emmet"},
         {"settings": {"relaxation": 0.06}},
         {"settings": {"target": {"kl": 0.1}}},
+        {"settings": {"layers": "auto:tracing"}},
         {"seed": 1},
         {"protocol": "batch", "batch": 2},
         {"protocol": "sequential"},

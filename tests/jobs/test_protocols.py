@@ -71,6 +71,44 @@ def test_a_batch_is_written_at_once_and_the_next_on_the_unedited_model(
         assert row["metrics"] == pytest.approx(told["metrics"], abs=1e-3)
 
 
+def test_facts_may_choose_the_layers(tmp_path: Path, trained_folder: Path) -> None:
+    settings = WORKING | {"layers": "auto:saliency"}
+    found = done(tmp_path, trained_folder, count=2, settings=settings)
+    layers = found.record["config"]["layers"]
+    assert found.record["layers"].startswith("auto:saliency: the edits' gradients")
+    assert (
+        layers == list(range(layers[0], layers[-1] + 1))
+        and str(layers[0]) in found.record["layers"]
+    )
+    named = done(tmp_path, trained_folder, count=2, settings=WORKING | {"layers": layers})
+    assert means(named) == pytest.approx(means(found), abs=1e-3) and "layers" not in named.record
+
+
+def test_what_an_edit_changes_is_told(tmp_path: Path, trained_folder: Path) -> None:
+    edits = done(tmp_path, trained_folder).record["edits"]
+    # Changes of the second matrix of two blocks of width 32; rank one, so they are small.
+    assert (edits["made"], edits["parameters"]) == (4, 2 * 32 * 128)
+    assert 2 * 4 * (32 + 128) <= edits["bytes"] < 4 * edits["parameters"]
+
+
+@pytest.mark.parametrize("how", [{}, {"protocol": "sequential"}])
+def test_an_edited_model_is_compared_with_the_unedited_one(
+    how: dict[str, Any], tmp_path: Path, trained_folder: Path
+) -> None:
+    found = done(tmp_path, trained_folder, metrics=("editing", "answers"), **how)
+    names = {"EA", "DD", "DD.perplexity", "Reliability", "Generality", "Generality.forced"}
+    assert names <= found.metrics.keys() and "ES" not in found.metrics
+    assert "Locality" not in found.metrics  # the unedited model answers no neighbour as cases say
+    assert found.metrics["Reliability"].mean > 0.4
+    plain = means(done(tmp_path, trained_folder, metrics=("editing",), method="none", settings={}))
+    assert plain["DD"] == 0 and plain["EA"] == 0
+    if how:
+        assert {f"immediate.{name}" for name in names} <= found.metrics.keys()
+        assert (
+            "Locality" in found.points[-1]["metrics"] and "retention" in found.points[-1]["metrics"]
+        )
+
+
 def test_the_unedited_model_is_scored_as_it_is(tmp_path: Path, trained_folder: Path) -> None:
     found = means(done(tmp_path, trained_folder, method=UNEDITED, settings={}))
     assert found["ES"] == 0.0 and found["PS"] == 0.0

@@ -69,9 +69,9 @@ def test_each_batch_is_written_on_top_of_the_others(tmp_path: Path, trained_fold
     lm = LanguageModel.load(trained_folder)
     cases = sample_cases(one.data, 6, 0)
     with edits[0].applied(lm):
-        first = scored(lm, cases[:2], one)
+        first = scored(lm, cases[:2], one, {})
     with Stack(edits).applied(lm):
-        final = scored(lm, cases, one)
+        final = scored(lm, cases, one, {})
     for row, told in zip(found.cases, final, strict=True):
         assert {n: row["metrics"][n] for n in told["metrics"]} == told["metrics"]
     for row, told in zip(found.cases, first, strict=False):

@@ -12,12 +12,18 @@ from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, losses, predictions
 from errata.lm.weights import weight_out_in
 from errata.measure.editing import (
+    COMPARISONS,
     Answered,
     answered,
+    asked,
+    compared,
     drawdown,
     edit_accuracy,
     perplexity_drawdown,
+    unedited,
 )
+from errata.measure.score import COLUMNS, Scores
+from errata.requests import Case, Probe, Request
 from tests.lm.families import tiny_lm
 
 
@@ -98,3 +104,62 @@ def test_a_model_without_finite_numbers_is_refused(tiny_gpt2: LanguageModel) -> 
 
 def test_nothing_asked_is_nothing_answered(tiny_gpt2: LanguageModel) -> None:
     assert answered(tiny_gpt2, []) == NOTHING
+
+
+def cases_of(lm: LanguageModel) -> list[Case]:
+    """Some that the model answers rightly and some that it does not; one asks nothing else."""
+    prompts = ["The capital of France is", "Rivers flow to", "Vienna lies on", "Goethe wrote"]
+    own = predictions(lm, prompts, new_tokens=8)
+    kept = tuple(Probe(p, a or "Paris") for p, a in zip(prompts, own, strict=True))
+    wrong = tuple(Probe(p, lm.labels[0] if lm.labels else "Lima") for p in prompts)
+    first = Request("{} is in", "Cairo", kept[0].answer)
+    second = Request("{} is in", "Lima", "supports" if lm.labels else "Rome")
+    return [
+        Case(first, "a", paraphrases=("Where is Cairo? In", "Cairo lies in"), neighbours=kept),
+        Case(second, "b", paraphrases=("Lima lies in",), neighbours=wrong + kept[:2]),
+        Case(second, "c"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "bert", "bert-labels"])
+def test_cases_are_compared_with_the_unedited_model(kind: str) -> None:
+    """By hand, each case and each question by itself; for every kind of model."""
+    lm = tiny_lm(kind)
+    cases = cases_of(lm)
+    before = unedited(lm, cases, COMPARISONS)
+    paths = [lm.mlp_out_path(layer) for layer in range(lm.layers)]
+    for path in paths:
+        with torch.no_grad():
+            weight_out_in(lm.module(path)).mul_(-1.5)
+    found = compared(lm, cases, before, COMPARISONS)
+    for case, old, told in zip(cases, before, found, strict=True):
+        groups = {name: answered(lm, examples) for name, examples in asked(case).items()}
+        right = groups["rewrite"].right + groups["paraphrases"].right
+        assert told["EA"] == sum(right) / len(right)
+        assert told["EA.rewrite"] == told["Reliability.forced"] == groups["rewrite"].accuracy
+        if not case.neighbours:
+            assert not {"DD", "DD.perplexity", "Locality", "Average"} & told.keys()
+            continue
+        kept = groups["neighbours"]
+        assert told["DD"] == old.forced.accuracy - kept.accuracy
+        assert ("DD.perplexity" in told) == (lm.task == "generate")
+        held = [now for now, was in zip(kept.right, old.forced.right, strict=True) if was]
+        assert told.get("Locality.forced") == (sum(held) / len(held) if held else None)
+        if "Locality" in told:
+            three = told["Reliability"], told["Generality"], told["Locality"]
+            assert told["Average"] == pytest.approx(sum(three) / 3)
+    summary = Scores(tuple({"metrics": one} for one in found)).summary()
+    assert [name for name in COLUMNS if name in summary] == list(summary) and summary["EA"].n == 3
+
+
+def test_what_it_says_by_itself_counts_for_the_answers(tiny_gpt2: LanguageModel) -> None:
+    cases = cases_of(tiny_gpt2)
+    editing, answers = COMPARISONS[:1], COMPARISONS[1:]
+    before = unedited(tiny_gpt2, cases, answers)
+    assert before[0].said == (True,) * 4  # its own words
+    (told, *_) = compared(tiny_gpt2, cases, before, answers)
+    assert told["Locality"] == 1.0 and "EA" not in told
+    assert unedited(tiny_gpt2, cases, editing)[0].said == ()
+    (plain, *_) = compared(tiny_gpt2, cases, unedited(tiny_gpt2, cases, editing), editing)
+    assert plain["DD"] == 0.0 and plain["DD.perplexity"] == pytest.approx(0.0, abs=1e-3)
+    assert "Reliability" not in plain

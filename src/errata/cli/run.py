@@ -119,6 +119,11 @@ def _show(terminal: Console, title: str, plan: Plan) -> None:
             cost.how,
         )
     terminal.print(table)
+    if plan.fits:
+        terminal.print(
+            f"{tables.counted(plan.fits, 'editor')} to be fitted first, reckoned with all their "
+            "steps; most stop earlier."
+        )
     terminal.print(f"About {_duration(plan.seconds)} in one process, one unit after another.")
     if any(cost.how == "estimated" for cost in plan.costs):
         terminal.print(

@@ -96,7 +96,8 @@ class Cell:
         """Every metric of the cell."""
         if self.edits is not None:
             return _together([_at(row, self.edits) for row in self.done])
-        found = {} if self.relations else _together([row.metrics for row in self.done])
+        done = [] if self.relations else [dict(row.metrics) | _costs(row) for row in self.done]
+        found = _together(done)
         for prefix in ("", IMMEDIATE):
             rows = [
                 {n.removeprefix(prefix): v for n, v in case.items() if n.startswith(prefix)}
@@ -245,6 +246,22 @@ def _at(row: Row, edits: int) -> Mapping[str, Estimate]:
     """A stream's estimates after so many facts."""
     metrics = next(p["metrics"] for p in row.points if _facts(row, p) == edits)
     return {name: Estimate(*four) for name, four in metrics.items()}
+
+
+def _costs(row: Row) -> dict[str, Estimate]:
+    """COSTS of a run, as far as its record tells them."""
+    fit, edits = row.record.get("fit", {}), row.record.get("edits", {})
+    editing, peak = row.record.get("seconds", {}).get("editing"), row.record.get("peak_memory")
+    told = {
+        "parameters": edits.get("parameters"),
+        "edit bytes": edits.get("bytes"),
+        "edit seconds": editing and editing / edits.get("made", 1),
+        "edit MB": peak and peak / 1e6,
+        "fit steps": fit.get("notes", {}).get("training", {}).get("best"),
+        "fit seconds": fit.get("seconds"),
+        "fit MB": fit.get("peak_memory") and fit["peak_memory"] / 1e6,
+    }
+    return {n: Estimate(v, math.nan, math.nan, 1) for n, v in told.items() if v is not None}
 
 
 def _facts(row: Row, point: Mapping[str, Any]) -> int:

@@ -21,6 +21,12 @@
     [[editor]]
     method = "emmet"
 
+    [[editor]]
+    method = "mend"                       # a method that must learn first
+    [editor.fit]                          # what from, see `errata.jobs.fits`; may be left out
+    data = "pocket"
+    count = 600
+
     [sweep]
     "protocol.batch" = [1, 4, 16]
     "settings.target.clamp" = [1.0, 1.5]
@@ -43,8 +49,17 @@ from errata.errors import ConfigError, ErrataError
 from errata.jobs.cases import POCKET
 from errata.jobs.fields import Fields, meant
 from errata.jobs.methods import merged, methods, nested
-from errata.jobs.units import KINDS, SWEPT, UNEDITED, Kind, Unit, checked, field_of
-from errata.measure.score import PROTOCOLS, Protocol
+from errata.jobs.units import (
+    KINDS,
+    METRICS,
+    SWEPT,
+    UNEDITED,
+    Kind,
+    Metrics,
+    Unit,
+    checked,
+    field_of,
+)
 
 __all__ = ["KINDS", "SWEPT", "UNEDITED", "Experiment", "Kind", "Unit", "field_of", "meant"]
 
@@ -65,6 +80,8 @@ class EditorEntry:
     per_model: Mapping[str, Mapping[str, Any]]
     models: tuple[str, ...]
     """The models that it runs on; empty means all."""
+    fit: Mapping[str, Any] | None
+    """What it learns from, as far as the file says."""
     sweep: Mapping[str, tuple[Any, ...]]
 
     def settings_on(self, model: str) -> dict[str, Any]:
@@ -169,6 +186,7 @@ class Experiment:
                 label=editor.label,
                 method=editor.method,
                 settings=editor.settings_on(model),
+                fit=editor.fit,
                 **{k: v for k, v in self.about_models.get(model, {}).items() if k in _PLACED},
             )
             sweep = {**self.sweep, **editor.sweep}
@@ -198,7 +216,7 @@ def _find(name: str | Path) -> Path:
 
 
 def _editor(table: Fields, models: Sequence[str]) -> EditorEntry:
-    table.only("label", "method", "settings", "for", "models", "sweep")
+    table.only("label", "method", "settings", "for", "models", "fit", "sweep")
     method = table.text("method")
     if method not in (known := [*methods(), UNEDITED]):
         raise ConfigError(
@@ -217,8 +235,17 @@ def _editor(table: Fields, models: Sequence[str]) -> EditorEntry:
         settings=nested(table.table("settings").values),
         per_model={name: nested(per_model.table(name).values) for name in per_model.values},
         models=chosen,
+        fit=_fit(table.table("fit")) if "fit" in table.values else None,
         sweep=_sweep(table.table("sweep"), only_settings=True),
     )
+
+
+def _fit(table: Fields) -> Mapping[str, Any]:
+    table.only("data", "count", "clear_of")
+    table.maybe_text("data")
+    for name in ("count", "clear_of"):
+        table.number(name)
+    return table.values
 
 
 def _one_of_the_models(name: str, models: Sequence[str], where: str) -> None:
@@ -254,15 +281,15 @@ def _protocol(table: Fields, sweep: Mapping[str, tuple[Any, ...]]) -> Unit:
     return Unit("", "", "", protocol=kind, batch=batch or 1, every=every or 1, stop=thresholds)
 
 
-def _metrics(top: Fields) -> tuple[Protocol, ...]:
+def _metrics(top: Fields) -> tuple[Metrics, ...]:
     chosen = top.texts("metrics", ("probability",))
     for name in chosen:
-        if name not in PROTOCOLS:
+        if name not in METRICS:
             raise ConfigError(
-                f"metrics are of {', '.join(PROTOCOLS)}; {name!r} is none of them."
-                + meant(name, PROTOCOLS)
+                f"metrics are of {', '.join(METRICS)}; {name!r} is none of them."
+                + meant(name, METRICS)
             )
-    return tuple(known for name in chosen for known in PROTOCOLS if known == name)
+    return tuple(known for name in chosen for known in METRICS if known == name)
 
 
 def _sweep(table: Fields, *, only_settings: bool = False) -> dict[str, tuple[Any, ...]]:

@@ -18,7 +18,7 @@ from errata.editors.trainable import Fitted, Trainable, TrainingCases
 from errata.errors import ConfigError, ErrataError, FitError
 from errata.jobs.files import check_writable
 from errata.jobs.layers import NOTE, with_layers
-from errata.jobs.methods import editor_for, methods
+from errata.jobs.methods import editor_for, learns, methods
 from errata.jobs.models import Model, as_model
 from errata.jobs.moments import background_for
 from errata.jobs.record import ScoreLine
@@ -26,11 +26,14 @@ from errata.jobs.stopwatch import Stopwatch
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example
 from errata.measure.editing import (
+    GROUPS,
     Answered,
     answered,
+    asked,
     drawdown,
     edit_accuracy,
     perplexity_drawdown,
+    unedited,
 )
 from errata.measure.metrics import Estimate
 from errata.progress import Progress, silent
@@ -149,7 +152,7 @@ def fit(
 
 def fitted_methods() -> list[str]:
     """The methods that must be fitted before they edit."""
-    return [name for name, entry in methods().items() if issubclass(entry.editor, Trainable)]
+    return [name for name in methods() if learns(name)]
 
 
 def judged(
@@ -165,16 +168,16 @@ def judged(
         cases: what to edit, in what other words to ask, and what must stay.
         progress: called with cases done.
     """
-    asked = [_questions(case) for case in cases]
-    before = [answered(lm, questions["neighbours"]) for questions in asked]
-    after: dict[str, list[Answered]] = {name: [] for name in asked[0]}
+    questions = [asked(case) for case in cases]
+    before = [one.forced for one in unedited(lm, cases, ())]
+    after: dict[str, list[Answered]] = {name: [] for name in GROUPS}
     edits = editor.edit_each(lm, [[case.request] for case in cases], progress=progress)
-    for questions, edit in zip(asked, edits, strict=True):
+    for groups, edit in zip(questions, edits, strict=True):
         if isinstance(edit, ErrataError):
-            found = _answers(lm, questions)
+            found = _answers(lm, groups)
         else:
             with edit.applied(lm):
-                found = _answers(lm, questions)
+                found = _answers(lm, groups)
         for name, answers in found.items():
             after[name].append(answers)
         progress("judging", len(after["rewrite"]), len(cases))
@@ -187,15 +190,6 @@ def judged(
     if lm.task == "generate":
         scores["DD.perplexity"] = perplexity_drawdown(before, after["neighbours"])
     return {name: found for name, found in scores.items() if found is not None}
-
-
-def _questions(case: Case) -> dict[str, list[Example]]:
-    wanted = case.request.target
-    return {
-        "rewrite": [Example(case.request.text, wanted)],
-        "paraphrases": [Example(prompt, wanted) for prompt in case.paraphrases],
-        "neighbours": [Example(probe.prompt, probe.answer) for probe in case.neighbours],
-    }
 
 
 def _answers(lm: LanguageModel, questions: Mapping[str, Sequence[Example]]) -> dict[str, Answered]:

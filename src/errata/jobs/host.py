@@ -52,7 +52,7 @@ def memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Most bytes that this process has held in memory at one time, since it began."""
+    """Most bytes that this process has held at one time, since it began or `forget_peak_memory`."""
     with suppress(OSError):  # Linux; its getrusage would begin with what the parent held
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -63,6 +63,12 @@ def peak_memory() -> int | None:
         return None  # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew, from what is held now; where the system cannot, it goes on."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets VmHWM
 
 
 def device_name(device: str = "cpu") -> str:

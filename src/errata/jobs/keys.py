@@ -6,6 +6,7 @@ all of its numbers (the recipe's and the defaults' too), protocol, seed, and has
 - *the model*: its files, byte by byte; for a model that is no folder here, its tensors;
 - *the cases*: the sample that was drawn, every prompt of it;
 - *the text* that second moments are taken over;
+- *the fit* of a method that must learn first: its cases and numbers, the model, the code that fits;
 - *the code*: the source of the method's module, of those that score (`SCORING`), of every module
   of errata that these import, directly or not, and of the jobs that compute (`COMPUTING`).
   Comments, docstrings and layout are left out: to explain code does not throw away results, nor
@@ -29,32 +30,48 @@ from typing import Any
 
 from errata.editors import EDITORS
 from errata.editors.closed_form.statistics import read_corpus
+from errata.editors.trainable import TrainingCases
 from errata.edits.edit import as_json
 from errata.jobs.cluster import held
 from errata.jobs.methods import config_for
 from errata.jobs.moments import TOKENS, text_for
-from errata.jobs.units import UNEDITED, Unit
+from errata.jobs.units import UNEDITED, Unit, chosen_by, config_of, settings_of
 from errata.lm.load import POCKET, pocket_folder
 from errata.lm.weights import weight_hash
 from errata.requests import Case
 
-SCORING = ("errata.measure.score", "errata.measure.drift")
+SCORING = ("errata.measure.score", "errata.measure.editing", "errata.measure.drift")
 
-COMPUTING = ("cases", "methods", "moments", "protocols", "score", "scoring", "stream")
+LOCATING = ("errata.locate.saliency", "errata.locate.tracing")
+"""What chooses layers."""
+
+COMPUTING = ("cases", "layers", "methods", "moments", "protocols", "score", "scoring", "stream")
 """The jobs whose own code counts; not what they import, much of which only tells."""
+
+FITTING = ("cases", "fits", "layers", "methods")
+"""The jobs whose own code counts in a fit."""
 
 TABLE = "errata.editors"
 """Lists all methods, so it is not followed."""
 
 
-def unit_key(unit: Unit, *, model: str, cases: str, text: str, code: str) -> str:
+def unit_key(unit: Unit, *, model: str, cases: str, text: str, code: str, fit: str = "") -> str:
     """SHA-256 of a unit and of the hashes of what it works on; hexadecimal."""
     values = unit.to_dict()
-    for name in ("model", "label", "data", "count", "corpus", "settings"):
+    for name in ("model", "label", "data", "count", "corpus", "settings", "fit"):
         del values[name]  # names, or told in full by a hash or by the config
     if unit.method != UNEDITED:
-        values["config"] = config_for(unit.method, unit.model, unit.settings).to_dict()
-    return _hash([values, model, cases, text, code])
+        values["config"] = config_of(unit).to_dict()
+        values["chosen by"] = chosen_by(unit)
+    return _hash([values, model, cases, text, code, fit])
+
+
+def fit_key(unit: Unit, *, model: str, cases: TrainingCases) -> str:
+    """SHA-256 of all that a unit's fit depends on; hexadecimal."""
+    config = config_for(unit.method, unit.model, {"seed": unit.seed} | settings_of(unit))
+    about = unit.method, config.to_dict(), chosen_by(unit), unit.dtype, unit.device
+    code = _fitting_code(unit.method, bool(chosen_by(unit)))
+    return _hash([about, model, cases.train, cases.validation, code])
 
 
 def model_hash(name: str, *, dtype: str | None = None, device: str | None = None) -> str:
@@ -86,21 +103,45 @@ def text_hash(unit: Unit) -> str:
 
 
 @functools.cache
-def code_hash(method: str) -> str:
-    """Hash of the code that computes results with a method."""
-    found: dict[str, ast.Module] = {}
-    waiting = [*SCORING, *(() if method == UNEDITED else (EDITORS[method].editor.__module__,))]
+def code_hash(method: str, *, located: bool = False) -> str:
+    """Hash of the code that computes results with a method.
+
+    Args:
+        method: its name.
+        located: whether facts choose its layers.
+    """
+    modules = () if method == UNEDITED else (EDITORS[method].editor.__module__,)
+    return _code_hash((*SCORING, *modules, *(LOCATING if located else ())), COMPUTING)
+
+
+@functools.cache
+def _fitting_code(method: str, located: bool) -> str:
+    modules = EDITORS[method].editor.__module__, *(LOCATING if located else ())
+    return _code_hash(modules, FITTING)
+
+
+def _code_hash(modules: Iterable[str], jobs: Iterable[str]) -> str:
+    """Of some modules with all that they import, and of some jobs alone."""
+    found: dict[str, str] = {}
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         if name not in found and name != TABLE and (file := _file(name)) is not None:
-            found[name] = ast.parse(file.read_text(encoding="utf-8"))
-            waiting += _imported(found[name])
-    for job in COMPUTING:
+            found[name], imported = _read(file)
+            waiting += imported
+    for job in jobs:
         name = f"errata.jobs.{job}"
         file = _file(name)
         assert file is not None
-        found[name] = ast.parse(file.read_text(encoding="utf-8"))
-    return _hash({name: _code(tree) for name, tree in found.items()})
+        found[name], _ = _read(file)
+    return _hash(found)
+
+
+@functools.cache
+def _read(file: Path) -> tuple[str, tuple[str, ...]]:
+    """What a module does, and what it imports of errata."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return _code(tree), tuple(_imported(tree))
 
 
 def _file(module: str) -> Path | None:

@@ -33,6 +33,9 @@ How = Literal["saliency", "tracing"]
 PREFIX = "auto:"
 """What a setting `layers` begins with that names a way instead of blocks."""
 
+WAYS = tuple(PREFIX + how for how in get_args(How))
+"""What such a setting may say."""
+
 NOTE = "layers"
 """Under which an edit's record tells how its layers were chosen."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from errata.editors import EDITORS, Background, Config, Editor, EditorConfig, Method
 from errata.editors.recipes import recipe
 from errata.editors.recipes import recipes as recipes_of
+from errata.editors.trainable import Trainable
 from errata.errors import ConfigError
 from errata.lm.load import LanguageModel
 
@@ -58,6 +59,15 @@ def config_for(method: str, model_name: str, settings: Mapping[str, Any] | None)
     """
     values = merged(recipe(method, model_name) or {}, nested(settings or {}))
     return method_named(method).config.from_dict(values)
+
+
+def learns(method: str) -> bool:
+    """Whether a method must be fitted to a model before it edits it.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    return issubclass(method_named(method).editor, Trainable)
 
 
 def methods() -> dict[str, Method]:

@@ -20,28 +20,45 @@ from weakref import WeakKeyDictionary
 
 from errata.editors import Background
 from errata.editors.editor import Editor
-from errata.edits.edit import as_json
+from errata.editors.trainable import Trainable
+from errata.edits.edit import Edit, as_json
 from errata.errors import ErrataError, RequestError
 from errata.jobs import host
 from errata.jobs.cases import sample_cases
 from errata.jobs.cluster import held
-from errata.jobs.methods import config_for, editor_for
+from errata.jobs.fits import fitted, told, training_cases
+from errata.jobs.layers import with_layers
+from errata.jobs.methods import editor_for
 from errata.jobs.moments import background_for
-from errata.jobs.scoring import CaseRow, consistent, mark_failed, scored, small, texts_wanted
+from errata.jobs.scoring import (
+    Before,
+    CaseRow,
+    consistent,
+    mark_failed,
+    scored,
+    small,
+    texts_wanted,
+    unedited_answers,
+)
 from errata.jobs.stopwatch import Stopwatch
 from errata.jobs.stream import IMMEDIATE, stream
-from errata.jobs.units import UNEDITED, Unit
+from errata.jobs.units import UNEDITED, Unit, config_of
 from errata.lm.load import LanguageModel
+from errata.lm.weights import weight_out_in
 from errata.measure.metrics import Estimate
 from errata.measure.score import Scores
 from errata.progress import Progress, silent
-from errata.requests import Case
+from errata.requests import Case, Request
 
 TOLD = 20
 """Failures that a record tells in full."""
 
 REMEMBERED = 8
 """Sets of targets that are kept for the next unit on the same model."""
+
+
+Size = tuple[int, int]
+"""Of an edit: how many numbers the weights have that it changes, and its own bytes."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +73,23 @@ class Outcome:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-def perform(unit: Unit, *, folder: Path | str, progress: Progress = silent) -> Outcome:
+def perform(
+    unit: Unit, *, folder: Path | str, fit: Path | str | None = None, progress: Progress = silent
+) -> Outcome:
     """Do the work of a unit. The model of this process is left as it was.
 
     Args:
         unit: what to do.
         folder: where a stream keeps its checkpoints; a stream that was cut short goes on there.
+        fit: the file of the unit's fitted editor, for a method that must learn first; it is fitted
+            now if there is no such file. By default it is in the folder.
         progress: called with (stage, done, total).
 
     Raises:
         ErrataError: the model, the cases or the settings do not allow it.
     """
     clock = Stopwatch()
+    file = Path(fit or Path(folder) / "fit.safetensors")
     with clock("loading"):
         lm = held(unit.model, unit.dtype, unit.device)
         cases = sample_cases(unit.data, unit.count, unit.seed)
@@ -76,27 +98,43 @@ def perform(unit: Unit, *, folder: Path | str, progress: Progress = silent) -> O
                 f"a batch of {unit.batch} cannot be made of {len(cases)} cases; lower "
                 "`protocol.batch`."
             )
+    host.forget_peak_memory()
+    with clock("scoring"):
+        before = unedited_answers(lm, cases, unit)
     record: dict[str, Any] = {"seeds": {"cases": unit.seed}}
     metrics: dict[str, Estimate] = {}
     points: Sequence[Mapping[str, Any]] = ()
     if unit.method == UNEDITED:
         with clock("scoring"):
             texts = texts_wanted(unit, len(cases))
-            rows = scored(lm, cases, unit, texts=texts, progress=progress)
+            rows = scored(lm, cases, unit, before, texts=texts, progress=progress)
     else:
         with clock("preparing"):
-            editor = editor_of(unit, lm)
+            learnt = cases if unit.fit is None else training_cases(unit).train
+            editor, why = editor_of(unit, lm, [case.request for case in learnt])
+        if why:
+            record["layers"] = why
+        if isinstance(editor, Trainable):
+            with clock("fitting"):  # or waiting until another process has done it
+                editor = fitted(lm, editor, unit, file, progress)
+            record["fit"] = told(lm, editor, file)
+            host.forget_peak_memory()
+        with clock("preparing"):
             editor.prepare(lm, progress=progress)
         record["config"] = editor.config.to_dict() | {"layers": editor.layers(lm)}
         record["seeds"]["editor"] = editor.config.seed
         if unit.protocol == "sequential":
-            done = stream(lm, editor, cases, unit, Path(folder), clock, progress)
+            done = stream(lm, editor, cases, unit, before, Path(folder), clock, progress)
             rows, points, failures = done.final, done.points, done.failures
+            sizes = [_size(lm, edit) for edit in done.edits]
             metrics = {IMMEDIATE + n: e for n, e in _summary(done.immediate, unit).items()}
             record["stopped"] = done.stopped
         else:
-            rows, failures = _apart(lm, editor, cases, unit, clock, progress)
+            rows, failures, sizes = _apart(lm, editor, cases, unit, before, clock, progress)
         record["failures"] = failures[:TOLD]
+        if sizes:
+            parameters, nbytes = (sum(sums) / len(sizes) for sums in zip(*sizes, strict=True))
+            record["edits"] = {"made": len(sizes), "parameters": parameters, "bytes": nbytes}
     consistent(rows, cases)
     record |= {
         "cases": len(rows),
@@ -113,20 +151,30 @@ def _summary(rows: Sequence[CaseRow], unit: Unit) -> dict[str, Estimate]:
     return Scores(tuple(rows)).summary(seed=unit.seed)
 
 
-def editor_of(unit: Unit, lm: LanguageModel) -> Editor:
-    """The unit's editor. What methods share on a model, moments and targets, is kept with it.
+def editor_of(unit: Unit, lm: LanguageModel, facts: Sequence[Request]) -> tuple[Editor, str]:
+    """The unit's editor, and why it edits the layers that it does, where facts choose them.
 
-    The unit's seed is the editor's too, and in a batch the other requests go on where one fails,
-    unless the settings say otherwise.
+    What methods share on a model, moments and targets, is kept with it. The unit's seed is the
+    editor's too, and in a batch the other requests go on where one fails, unless the settings say
+    otherwise.
+
+    Args:
+        unit: says which editor.
+        lm: the model, unedited.
+        facts: choose the layers where the settings say so.
     """
     backgrounds = _backgrounds.setdefault(lm, {})
     text = unit.corpus, unit.corpus_tokens
     if text not in backgrounds:
         backgrounds[text] = background_for(lm, *text, remember=REMEMBERED)
-    known = {f.name for f in fields(config_for(unit.method, unit.model, {}))}
+    known = {f.name for f in fields(config_of(unit))}
     usual = {"seed": unit.seed, "keep_going": True}
     settings = {name: value for name, value in usual.items() if name in known}
-    return editor_for(lm, unit.method, settings | dict(unit.settings), backgrounds[text])
+    settings, advice = with_layers(
+        lm, facts, unit.method, settings | dict(unit.settings), backgrounds[text]
+    )
+    editor = editor_for(lm, unit.method, settings, backgrounds[text])
+    return editor, advice.why if advice else ""
 
 
 _backgrounds: WeakKeyDictionary[LanguageModel, dict[tuple[str | None, int | None], Background]] = (
@@ -139,27 +187,30 @@ def _apart(
     editor: Editor,
     cases: Sequence[Case],
     unit: Unit,
+    before: Before,
     clock: Stopwatch,
     progress: Progress,
-) -> tuple[list[CaseRow], list[str]]:
-    """Each batch on the unedited model: rows of scores, and what failed."""
+) -> tuple[list[CaseRow], list[str], list[Size]]:
+    """Each batch on the unedited model: rows of scores, what failed, and the edits' sizes."""
     batches = [cases[i : i + unit.batch] for i in range(0, len(cases), unit.batch)]
     requests = [[case.request for case in batch] for batch in batches]
     edits = editor.edit_each(lm, requests, progress=progress)
     texts = texts_wanted(unit, len(cases))
     rows: list[CaseRow] = []
     failures: list[str] = []
+    sizes: list[Size] = []
     for batch in batches:
         with clock("editing"):
             edit = next(edits)
         with clock("scoring"):
-            score = partial(scored, lm, batch, unit, texts=texts - len(rows))
+            score = partial(scored, lm, batch, unit, before, texts=texts - len(rows))
             try:
                 if isinstance(edit, ErrataError):
                     raise edit
                 with edit.applied(lm):
                     found = score()
                 mark_failed(found, batch, edit.requests)
+                sizes.append(_size(lm, edit))
                 failures += edit.record.notes.get("left out", ())
             except ErrataError as error:
                 failures.append(str(error))
@@ -167,4 +218,8 @@ def _apart(
                 mark_failed(found, batch, ())
         rows += found
         progress("cases", len(rows), len(cases))
-    return rows, failures
+    return rows, failures, sizes
+
+
+def _size(lm: LanguageModel, edit: Edit) -> Size:
+    return sum(weight_out_in(lm.module(path)).numel() for path in edit.paths), edit.nbytes

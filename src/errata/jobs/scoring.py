@@ -7,8 +7,9 @@ from typing import Any
 
 from errata.jobs.units import Unit
 from errata.lm.load import LanguageModel
+from errata.measure.editing import COMPARISONS, Comparison, Unedited, compared, unedited
 from errata.measure.metrics import Consistency
-from errata.measure.score import score
+from errata.measure.score import PROTOCOLS, score
 from errata.progress import Progress, silent
 from errata.requests import Case, Request
 
@@ -18,10 +19,23 @@ CaseRow = dict[str, Any]
 KEPT = ("case_id", "relation", "metrics", "texts")
 
 
+Before = Mapping[str, Unedited]
+"""Case id -> what the unedited model answers where it must stay."""
+
+
+def unedited_answers(lm: LanguageModel, cases: Sequence[Case], unit: Unit) -> Before:
+    """What the model, unedited as it is now, answers: as far as the unit compares with that."""
+    if not (comparisons := _comparisons(unit)):
+        return {}
+    found = unedited(lm, cases, comparisons)
+    return {case.case_id: one for case, one in zip(cases, found, strict=True)}
+
+
 def scored(
     lm: LanguageModel,
     cases: Sequence[Case],
     unit: Unit,
+    before: Before,
     *,
     texts: int = 0,
     progress: Progress = silent,
@@ -32,22 +46,35 @@ def scored(
         lm: the model.
         cases: what to ask; each has an id.
         unit: says which metrics.
+        before: `unedited_answers` of these cases.
         texts: let the model write freely about so many of them, from the first; may be negative.
         progress: called with (stage, done, total).
     """
     texts = max(texts, 0)
     rows: list[CaseRow] = []
+    protocols = [name for name in PROTOCOLS if name in unit.metrics]
     for part, generation in ((cases[:texts], True), (cases[texts:], False)):
-        if part:
+        if part and (protocols or generation):
             rows += score(
                 lm,
                 part,
-                protocols=unit.metrics,
+                protocols=protocols,
                 generation=generation,
                 seed=unit.seed,
                 progress=progress,
             ).rows
+        else:
+            about = ({"case_id": case.case_id, "relation": case.relation} for case in part)
+            rows += [one | {"metrics": {}, "texts": []} for one in about]
+    if comparisons := _comparisons(unit):
+        found = compared(lm, cases, [before[case.case_id] for case in cases], comparisons)
+        for row, measured in zip(rows, found, strict=True):
+            row["metrics"] |= measured
     return [{name: row[name] for name in KEPT} | {"failed": False} for row in rows]
+
+
+def _comparisons(unit: Unit) -> list[Comparison]:
+    return [name for name in COMPARISONS if name in unit.metrics]
 
 
 def mark_failed(rows: Sequence[CaseRow], cases: Sequence[Case], written: Sequence[Request]) -> None:

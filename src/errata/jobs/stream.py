@@ -39,12 +39,12 @@ from errata.errors import (
 )
 from errata.jobs.files import make_folder, write_text
 from errata.jobs.score import observation
-from errata.jobs.scoring import CaseRow, mark_failed, scored, texts_wanted
+from errata.jobs.scoring import Before, CaseRow, mark_failed, scored, texts_wanted
 from errata.jobs.stopwatch import Stopwatch
 from errata.jobs.units import Unit
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
-from errata.measure.drift import Observation, drift
+from errata.measure.drift import Drift, Observation, drift
 from errata.measure.metrics import Estimate, interval
 from errata.measure.score import Scores
 from errata.progress import Progress, silent
@@ -52,6 +52,9 @@ from errata.requests import Case
 
 IMMEDIATE = "immediate."
 """Begins the names of scores that were taken right after a case's own edit."""
+
+TOOK = ("ES", "Reliability", "EA.rewrite")
+"""What says whether a fact has taken, and still holds: the first of these that is measured."""
 
 
 @dataclass
@@ -87,6 +90,7 @@ def stream(
     editor: Editor,
     cases: Sequence[Case],
     unit: Unit,
+    answers: Before,
     folder: Path,
     clock: Stopwatch,
     progress: Progress = silent,
@@ -98,6 +102,7 @@ def stream(
         editor: prepared on that model.
         cases: in the order in which they are written.
         unit: says how many are written at once, how often everything is scored, where to stop.
+        answers: the unedited model's (`errata.jobs.scoring.unedited_answers`).
         folder: the stream's own.
         clock: told the seconds of each stage.
         progress: called with (stage, done, total).
@@ -109,7 +114,7 @@ def stream(
     make_folder(folder)
     batches = [cases[i : i + unit.batch] for i in range(0, len(cases), unit.batch)]
     with clock("scoring"):
-        before = observation(lm, cases)
+        before = observation(lm, cases) if lm.kind == "decoder" else None
     found = resumed(folder, batches)
     last: list[CaseRow] = []
     with _as_it_was(lm):
@@ -124,18 +129,19 @@ def stream(
                 try:
                     if edit is not None:
                         edit.apply_(lm)
-                    rows = scored(lm, batch, unit)
+                    rows = scored(lm, batch, unit, answers)
                 except NotFiniteError as error:  # as if the edit had never been made
                     if edit is None:
                         raise
                     if edit.is_applied(lm):
                         edit.undo_(lm)
                     edit, failures = None, [*failures, str(error)]
-                    rows = scored(lm, batch, unit)
+                    rows = scored(lm, batch, unit, answers)
                 mark_failed(rows, batch, edit.requests if edit else ())
                 point: dict[str, Any] = {}
                 if (number + 1) % unit.every == 0 or number + 1 == len(batches):
-                    last = scored(lm, cases[: len(found.immediate) + len(batch)], unit)
+                    reached = cases[: len(found.immediate) + len(batch)]
+                    last = scored(lm, reached, unit, answers)
                     point = _point(lm, before, found.immediate, last, number + 1)
             told = as_json(
                 {
@@ -153,7 +159,7 @@ def stream(
         with clock("scoring"):
             if texts or not last:
                 reached = cases[: len(found.immediate)]
-                last = scored(lm, reached, unit, texts=texts, progress=progress)
+                last = scored(lm, reached, unit, answers, texts=texts, progress=progress)
     for first, row in zip(found.immediate, last, strict=True):
         row["failed"] = first["failed"]
         row["metrics"] |= {IMMEDIATE + name: value for name, value in first["metrics"].items()}
@@ -215,7 +221,7 @@ def _edited(
 
 def _point(
     lm: LanguageModel,
-    before: Observation,
+    before: Observation | None,
     earlier: Sequence[CaseRow],
     now: Sequence[CaseRow],
     batches: int,
@@ -224,34 +230,40 @@ def _point(
 
     Args:
         lm: the model as it is now.
-        before: what it predicted when it was unedited.
+        before: what it predicted when it was unedited; None for a model that does not go on from
+            a text, of which no drift is told.
         earlier: scores of the cases of earlier batches, right after their own edit.
         now: scores of all cases so far.
         batches: how many were carried out.
     """
     metrics: dict[str, Estimate] = Scores(tuple(now)).summary()
+    name = next((name for name in TOOK if name in metrics), "")
     took = [
-        row["metrics"]["ES"]
+        row["metrics"][name]
         for first, row in zip(earlier, now, strict=False)  # `now` has those of the last batch too
-        if first["metrics"].get("ES") == 1.0
+        if first["metrics"].get(name) == 1.0
     ]
     if took:
         metrics["retention"] = interval(took, within=(0.0, 1.0))
-    moved = drift(lm, before)
-    if moved.perplexity_before and moved.perplexity_after:
-        metrics["perplexity"] = after = moved.perplexity_after
-        start = moved.perplexity_before.mean
-        mean, low, high = (value / start for value in after[:3])
-        metrics["perplexity ratio"] = Estimate(mean, low, high, after.n)
-    for name, estimate in moved.summary().items():
-        if name.startswith("KL"):
-            metrics[name] = estimate
+    if before is not None:
+        metrics |= _moved(drift(lm, before))
     return {
         "edits": len(now),
         "batches": batches,
         "metrics": metrics,
         "norms": {path: _share(lm, path) for path in lm.originals},
     }
+
+
+def _moved(found: Drift) -> dict[str, Estimate]:
+    """Drift by the names of a point."""
+    told = {name: one for name, one in found.summary().items() if name.startswith("KL")}
+    if found.perplexity_before and found.perplexity_after:
+        told["perplexity"] = after = found.perplexity_after
+        start = found.perplexity_before.mean
+        mean, low, high = (value / start for value in after[:3])
+        told["perplexity ratio"] = Estimate(mean, low, high, after.n)
+    return told
 
 
 def _share(lm: LanguageModel, path: str) -> float:

@@ -22,19 +22,21 @@ from errata.jobs.cluster import Done, Where, map_
 from errata.jobs.declared import declared
 from errata.jobs.experiment import Experiment
 from errata.jobs.fields import meant
-from errata.jobs.keys import cases_hash, code_hash, model_hash, text_hash, unit_key
+from errata.jobs.fits import fit_file, training_cases
+from errata.jobs.keys import cases_hash, code_hash, fit_key, model_hash, text_hash, unit_key
 from errata.jobs.protocols import Outcome, perform
 from errata.jobs.rows import Row
 from errata.jobs.store import Store
-from errata.jobs.units import UNEDITED, Unit
+from errata.jobs.units import UNEDITED, Unit, chosen_by
 from errata.lm.load import POCKET
 from errata.progress import Progress, silent
 
 FOLDER = Path("results")
 """Where results are kept unless told otherwise."""
 
-Job = tuple[Mapping[str, Any], str]
-"""What travels to a worker: a unit as plain values, and the folder for its checkpoints."""
+Job = tuple[Mapping[str, Any], str, str]
+"""What travels to a worker: a unit as plain values, the folder for its checkpoints, and the file of
+its fitted editor; empty if it needs none."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,10 @@ def keyed(units: Sequence[Unit], progress: Progress = silent) -> dict[str, Piece
             "model": once(partial(_model_hash, unit), "model", unit.model),
             "cases": once(partial(_sample_hash, *sample), "cases", *sample),
             "text": once(partial(text_hash, unit), "text", unit.model, *text),
-            "code": code_hash(unit.method),
+            "code": code_hash(unit.method, located=bool(chosen_by(unit))),
         }
+        if unit.fit is not None:
+            hashes["fit"] = fit_key(unit, model=hashes["model"], cases=training_cases(unit))
         key = unit_key(unit, **hashes)
         if key in found:
             raise ConfigError(
@@ -186,10 +190,7 @@ def run(
             progress("units", at, len(todo))
             keys = [key for key in todo[at : at + size] if store.claim(key)]
             counts["elsewhere"] += len(todo[at : at + size]) - len(keys)
-            jobs: list[Job] = [
-                (pieces[key].unit.to_dict(), str(path.with_suffix(".streams") / key[:16]))
-                for key in keys
-            ]
+            jobs = [_job(key, pieces[key], path) for key in keys]
             if on == "loop":
                 finished = _here(jobs, progress)
             else:
@@ -213,8 +214,13 @@ def run(
 
 def work(job: Job, progress: Progress = silent) -> Outcome:
     """Do one unit, in whatever process."""
-    unit, folder = job
-    return perform(Unit.from_dict(unit), folder=folder, progress=progress)
+    unit, folder, fit = job
+    return perform(Unit.from_dict(unit), folder=folder, fit=fit, progress=progress)
+
+
+def _job(key: str, piece: Piece, path: Path) -> Job:
+    fit = str(fit_file(path.parent, piece.hashes["fit"])) if piece.unit.fit is not None else ""
+    return piece.unit.to_dict(), str(path.with_suffix(".streams") / key[:16]), fit
 
 
 def _here(jobs: Sequence[Job], progress: Progress) -> Iterator[Done[Outcome]]:

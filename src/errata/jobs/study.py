@@ -58,7 +58,20 @@ FIELDS = ("editor", "model", "method", "seed", *SWEPT, RELATION, EDITS)
 STREAM = ("retention", "perplexity", "perplexity ratio", "KL neighbours", "KL text")
 """What is measured of a stream on its way, beside the scores."""
 
-METRICS = (*COLUMNS, *(f"{IMMEDIATE}{name}" for name in COLUMNS), *STREAM)
+COSTS = (
+    "parameters",
+    "edit bytes",
+    "edit seconds",
+    "edit MB",
+    "fit steps",
+    "fit seconds",
+    "fit MB",
+)
+"""What records tell of whole runs: numbers in the changed weights, an edit's size and seconds, the
+most memory that was held; of a fit its steps to the best validation, seconds and memory. Seconds
+and memory differ from run to run, so a report that shows them is not the same bytes twice."""
+
+METRICS = (*COLUMNS, *(f"{IMMEDIATE}{name}" for name in COLUMNS), *STREAM, *COSTS)
 """What can be shown; `immediate.ES` is of each case right after its own batch of a stream."""
 
 FIGURES = ("line", "bar", "scatter")
@@ -257,7 +270,7 @@ def check_name(name: Any, known: Sequence[str], place: str) -> None:
     """
     if name in known or (known is FIELDS and str(name).startswith("settings.")):
         return
-    some = (*FIELDS, "settings.*") if known is FIELDS else (*COLUMNS[:9], "...", *STREAM)
+    some = (*FIELDS, "settings.*") if known is FIELDS else (*COLUMNS[:9], "...", *STREAM, *COSTS)
     raise ConfigError(
         f"{place}: there is no {name!r}; there are {', '.join(some)}." + meant(str(name), known)
     )

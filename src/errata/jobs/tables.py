@@ -12,15 +12,18 @@ from errata.jobs.cells import Cell, Place, Run, cells, matching, text, value_of
 from errata.jobs.report import estimate_text
 from errata.jobs.rows import flat
 from errata.jobs.stream import IMMEDIATE
-from errata.jobs.study import FIELDS, METRICS, TableSpec, Where, check_name
+from errata.jobs.study import COSTS, FIELDS, METRICS, TableSpec, Where, check_name
 from errata.jobs.units import SWEPT
 from errata.measure.metrics import Estimate
 
-UNSCALED = ("GE", f"{IMMEDIATE}GE", "perplexity", "perplexity ratio", "KL neighbours", "KL text")
+UNSCALED = (
+    *("GE", f"{IMMEDIATE}GE", "DD.perplexity", f"{IMMEDIATE}DD.perplexity"),
+    *("perplexity", "perplexity ratio", "KL neighbours", "KL text", *COSTS),
+)
 """Metrics that are no shares: told as they are, not times 100."""
 
-HEADLINE = ("S", "ES", "PS", "NS")
-"""What is shown where nobody chose."""
+HEADLINE = ("S", "ES", "PS", "NS", "EA", "DD", "Reliability", "Generality", "Locality", "Average")
+"""What is shown where nobody chose, of what was measured."""
 
 LACKING = "*"
 """Stands by a number of which some runs are lacking."""
@@ -118,7 +121,7 @@ def overview(
     return TableSpec(
         title="All results",
         rows=("model", "editor", *varied),
-        metrics=tuple(metrics) or tuple(n for n in HEADLINE if n in measured) or HEADLINE,
+        metrics=tuple(metrics) or tuple(n for n in HEADLINE if n in measured) or HEADLINE[:4],
         where=where or {},
     )
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args
 
+from errata.editors import EditorConfig
 from errata.edits.edit import as_json
 from errata.errors import ConfigError
 from errata.jobs.cases import POCKET
-from errata.jobs.methods import config_for
-from errata.measure.score import Protocol
+from errata.jobs.layers import WAYS
+from errata.jobs.methods import config_for, learns, methods
+from errata.measure.editing import COMPARISONS, Comparison
+from errata.measure.score import PROTOCOLS, Protocol
 
 Kind = Literal["single", "batch", "sequential"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Metrics = Protocol | Comparison
+METRICS: tuple[Metrics, ...] = (*PROTOCOLS, *COMPARISONS)
+"""What a unit can measure."""
 
 UNEDITED = "none"
 """The method that changes nothing: its rows are the unedited model's."""
@@ -29,6 +37,8 @@ class Unit:
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the method's recipe and defaults; tables nest."""
+    fit: Mapping[str, Any] | None = None
+    """What a method that must learn first learns from (`errata.jobs.fits`); None for others."""
     data: str = POCKET
     count: int | None = None
     """Cases in the sample; None takes all."""
@@ -42,8 +52,8 @@ class Unit:
     stop: Mapping[str, float] = field(default_factory=dict)
     """Where a stream ends early: `perplexity`, how many times that of the unedited model;
     `retention`, the least share of earlier edits that must still hold."""
-    metrics: tuple[Protocol, ...] = ("probability",)
-    """Protocols of `errata.measure.score`."""
+    metrics: tuple[Metrics, ...] = ("probability",)
+    """Protocols of `errata.measure.score`, and comparisons of `errata.measure.editing`."""
     generation: bool = False
     """Also score free text."""
     generation_count: int | None = None
@@ -95,6 +105,32 @@ def field_of(unit: Mapping[str, Any], name: str) -> Any:
     return found
 
 
+def chosen_by(unit: Unit) -> str:
+    """How the facts choose a unit's layers, such as `auto:tracing`; empty where they do not.
+
+    Raises:
+        ConfigError: there is no such way.
+    """
+    layers = unit.settings.get("layers")
+    if isinstance(layers, str) and layers not in WAYS:
+        raise ConfigError(f"layers = {layers!r}: give a list of blocks, or {' or '.join(WAYS)}.")
+    return layers if isinstance(layers, str) else ""
+
+
+def settings_of(unit: Unit) -> dict[str, Any]:
+    """A unit's settings, but for layers that the facts choose."""
+    return {n: v for n, v in unit.settings.items() if n != "layers" or not chosen_by(unit)}
+
+
+def config_of(unit: Unit) -> EditorConfig:
+    """All numbers of a unit's method; where the facts choose its layers, with the usual ones.
+
+    Raises:
+        ConfigError: there is no such method or setting.
+    """
+    return config_for(unit.method, unit.model, settings_of(unit))
+
+
 def checked(unit: Unit) -> Unit:
     """The unit in its plainest form: what its protocol does not use is set to the default.
 
@@ -105,9 +141,24 @@ def checked(unit: Unit) -> Unit:
         unit = replace(unit, protocol="single", settings={}, corpus=None, corpus_tokens=None)
     else:
         try:
-            config_for(unit.method, unit.model, unit.settings)
+            chosen_by(unit)
+            config_of(unit)
         except ConfigError as error:
             raise ConfigError(f"editor {unit.label!r}: {error}") from error
+    if unit.method != UNEDITED and learns(unit.method):
+        usual = {"data": unit.data, "count": None, "clear_of": unit.count}
+        unit = replace(unit, fit=(fit := usual | dict(unit.fit or {})))
+        if fit["clear_of"] is not None and fit["clear_of"] < (unit.count or math.inf):
+            raise ConfigError(
+                f"editor {unit.label!r}, `fit`: with clear_of = {fit['clear_of']} it would learn "
+                f"from some of the {unit.count or 'other'} cases that are evaluated; it is at "
+                "least their number."
+            )
+    elif unit.fit is not None:
+        raise ConfigError(
+            f"editor {unit.label!r}: {unit.method} needs no fitting, so it has no `fit`; those "
+            f"that are fitted: {', '.join(filter(learns, methods()))}."
+        )
     if unit.protocol == "single":
         unit = replace(unit, batch=1)
     if unit.protocol != "sequential":

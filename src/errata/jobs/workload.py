@@ -8,9 +8,8 @@ from math import ceil
 
 from errata.editors.closed_form.config import ClosedFormConfig
 from errata.jobs.cases import sample_cases
-from errata.jobs.methods import config_for
 from errata.jobs.scoring import texts_wanted
-from errata.jobs.units import UNEDITED, Unit
+from errata.jobs.units import UNEDITED, Unit, config_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _targets(unit: Unit) -> Hashable:
     """What a unit's targets depend on, beside the model; None if they cannot be shared."""
     if unit.method == UNEDITED or unit.protocol == "sequential":
         return None
-    config = config_for(unit.method, unit.model, unit.settings)
+    config = config_of(unit)
     if not isinstance(config, ClosedFormConfig) or (config.one_at_a_time and unit.batch > 1):
         return None
     sample = unit.data, unit.count, unit.seed, config.seed

@@ -5,20 +5,51 @@ that the edit wants: E[1{argmax p(y | x_e) = y_e}], all of the answer's tokens u
 forcing, or the label. Drawdown (DD) is what an edit costs elsewhere: the accuracy lost on answers
 that must stay or, for models that write, also the perplexity of those answers gained (Mitchell et
 al. 2022; SaLEM, appendix B.2). Every value is averaged within a case first, then over cases.
+
+Reliability, Generality and Locality (SCEN, appendix A) are read from what the model writes by
+itself: to the edit's prompt, to its other wordings, and to the questions that must stay, of those
+that the unedited model answered rightly. An answer counts that begins with the wanted one as whole
+words, since not every model stops there; an encoder, which writes nothing, chooses. `.forced` is
+the same under teacher forcing, every token of the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from errata.errors import NotFiniteError
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, answer_logits, example_batches
-from errata.measure.metrics import Estimate, interval
+from errata.lm.loss import Example, answer_logits, example_batches, predictions
+from errata.lm.tokens import encode
+from errata.measure.metrics import Estimate, interval, reads
+from errata.requests import Case
+
+Comparison = Literal["editing", "answers"]
+COMPARISONS: tuple[Comparison, ...] = ("editing", "answers")
+"""What compares an edited model with itself as it was: EA and DD; Reliability and its like."""
+
+EDITING_COLUMNS = (
+    "EA",
+    "EA.rewrite",
+    "EA.paraphrases",
+    "DD",
+    "DD.perplexity",
+    "Reliability",
+    "Generality",
+    "Locality",
+    "Average",
+    "Reliability.forced",
+    "Generality.forced",
+    "Locality.forced",
+)
+"""Their metrics, in the order of tables."""
+
+GROUPS = ("rewrite", "paraphrases", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -36,6 +67,11 @@ class Answered:
     def accuracy(self) -> float:
         """Share of right answers."""
         return sum(self.right) / len(self.right)
+
+    @property
+    def perplexity(self) -> float:
+        """Of all the answers' tokens."""
+        return float(np.exp(np.dot(self.nll, self.tokens) / sum(self.tokens)))
 
 
 @torch.no_grad()
@@ -120,3 +156,130 @@ def perplexity_drawdown(
     if len(rows) == 1:
         return Estimate(mean, float("nan"), float("nan"), 1)
     return Estimate(mean, float(low), float(high), len(rows))
+
+
+def asked(case: Case) -> dict[str, list[Example]]:
+    """What a case asks and wants to hear, by GROUPS."""
+    wanted = case.request.target
+    return {
+        "rewrite": [Example(case.request.text, wanted)],
+        "paraphrases": [Example(prompt, wanted) for prompt in case.paraphrases],
+        "neighbours": [Example(probe.prompt, probe.answer) for probe in case.neighbours],
+    }
+
+
+@dataclass(frozen=True)
+class Unedited:
+    """How the unedited model answers the questions of one case that must stay."""
+
+    forced: Answered
+    said: tuple[bool, ...] = ()
+    """Whether it gives the answer by itself; empty where nobody asked."""
+
+
+def unedited(
+    lm: LanguageModel, cases: Sequence[Case], comparisons: Collection[Comparison]
+) -> list[Unedited]:
+    """Ask the unedited model, all cases at once; what `compared` wants to know."""
+    questions = [asked(case)["neighbours"] for case in cases]
+    return [
+        Unedited(forced, said)
+        for forced, said in zip(*_asked_all(lm, questions, "answers" in comparisons), strict=True)
+    ]
+
+
+def compared(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    before: Sequence[Unedited],
+    comparisons: Collection[Comparison],
+) -> list[dict[str, float]]:
+    """Metrics of each case on the model as it is now, all cases asked at once.
+
+    What a case cannot measure is absent. Perplexity gained is here that of each case's own answers.
+
+    Args:
+        lm: the model.
+        cases: what to ask.
+        before: of the unedited model, for each case.
+        comparisons: which to measure.
+
+    Raises:
+        NotFiniteError: the model gives NaN or infinity.
+    """
+    groups = [examples for case in cases for examples in asked(case).values()]
+    forced, said = _asked_all(lm, groups, "answers" in comparisons)
+    found: list[dict[str, float]] = []
+    for number, old in enumerate(before):
+        first = len(GROUPS) * number
+        rewrite, others, kept = forced[first : first + len(GROUPS)]
+        measured: dict[str, float] = {}
+        if "editing" in comparisons:
+            perplexity = lm.task == "generate"
+            measured |= _editing(rewrite, others, kept, old.forced, perplexity=perplexity)
+        if "answers" in comparisons:
+            measured |= _answers(said[first], said[first + 1], said[first + 2], old.said)
+            right = _answers(rewrite.right, others.right, kept.right, old.forced.right)
+            right.pop("Average", None)
+            measured |= {f"{name}.forced": value for name, value in right.items()}
+        found.append({name: measured[name] for name in EDITING_COLUMNS if name in measured})
+    return found
+
+
+def _editing(
+    rewrite: Answered, others: Answered, kept: Answered, before: Answered, *, perplexity: bool
+) -> dict[str, float]:
+    """EA and DD of one case."""
+    right = rewrite.right + others.right
+    found = {"EA": sum(right) / len(right), "EA.rewrite": rewrite.accuracy}
+    if others.right:
+        found["EA.paraphrases"] = others.accuracy
+    if kept.right:
+        found["DD"] = before.accuracy - kept.accuracy
+    if kept.right and perplexity:
+        found["DD.perplexity"] = kept.perplexity - before.perplexity
+    return found
+
+
+def _answers(
+    rewrite: Sequence[bool], others: Sequence[bool], kept: Sequence[bool], before: Sequence[bool]
+) -> dict[str, float]:
+    """Shares of right answers of one case."""
+    held = [now for now, then in zip(kept, before, strict=True) if then]
+    groups = {"Reliability": rewrite, "Generality": others, "Locality": held}
+    found = {name: sum(right) / len(right) for name, right in groups.items() if right}
+    if len(found) == len(groups):
+        found["Average"] = sum(found.values()) / len(groups)
+    return found
+
+
+def _asked_all(
+    lm: LanguageModel, groups: Sequence[Sequence[Example]], also_said: bool
+) -> tuple[list[Answered], list[tuple[bool, ...]]]:
+    """Ask groups of questions at once: what comes under teacher forcing, and by itself."""
+    flat = [example for group in groups for example in group]
+    forced = answered(lm, flat)
+    said = _said(lm, flat, forced) if also_said else ()
+    ends = np.cumsum([len(group) for group in groups]).tolist()
+    parts = [slice(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
+    return (
+        [Answered(forced.right[p], forced.nll[p], forced.tokens[p]) for p in parts],
+        [tuple(said[p]) for p in parts],
+    )
+
+
+def _said(lm: LanguageModel, examples: Sequence[Example], forced: Answered) -> tuple[bool, ...]:
+    """Whether the model gives each answer by itself; a prompt is gone on from once."""
+    if lm.kind == "encoder":
+        return forced.right
+    answers: dict[str, list[str]] = {}
+    for example in examples:
+        answers.setdefault(example.prompt.rstrip(), []).append(example.answer)
+    rooms: dict[int, list[str]] = {}
+    for prompt, wanted in answers.items():
+        longest = max(map(len, encode(lm, wanted))) + 2  # a little past the answer
+        rooms.setdefault(max(8, 1 << (longest - 1).bit_length()), []).append(prompt)
+    texts: dict[str, str] = {}
+    for room, prompts in rooms.items():
+        texts |= zip(prompts, predictions(lm, prompts, new_tokens=room), strict=True)
+    return tuple(reads(texts[e.prompt.rstrip()], e.answer) for e in examples)

@@ -28,6 +28,7 @@ from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
 from errata.lm.tokens import encode
 from errata.measure import metrics
+from errata.measure.editing import EDITING_COLUMNS
 from errata.measure.likelihood import Answer, Pair, judge
 from errata.measure.metrics import Estimate
 from errata.progress import Progress, silent
@@ -55,10 +56,14 @@ HARMONIC = {"S": ("ES", "PS", "NS")} | {
 }
 """Harmonic means over the cases' means; S.token is zsRE's."""
 
-COLUMNS = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS") + tuple(
-    f"{group}.{kind}"
-    for kind in ("success", "magnitude", "token", "answer", "free")
-    for group in ("S", "rewrite", "paraphrases", "neighbours", "attributes", "same_subject")
+COLUMNS = (
+    ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS")
+    + tuple(
+        f"{group}.{kind}"
+        for kind in ("success", "magnitude", "token", "answer", "free")
+        for group in ("S", "rewrite", "paraphrases", "neighbours", "attributes", "same_subject")
+    )
+    + EDITING_COLUMNS
 )
 """Metrics in the order of the papers' tables, then the others; not all of these exist."""
 
@@ -327,7 +332,10 @@ def _range(name: str) -> tuple[float, float]:
     """Which values a metric can take."""
     if name == "GE":
         return 0.0, math.inf
-    return (-1.0 if name in ("EM", "PM", "NM") or name.endswith(".magnitude") else 0.0), 1.0
+    if name == "DD.perplexity":
+        return -math.inf, math.inf
+    negative = name in ("EM", "PM", "NM", "DD") or name.endswith(".magnitude")
+    return (-1.0 if negative else 0.0), 1.0
 
 
 def _span(low: float, high: float) -> str:
