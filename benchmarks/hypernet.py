@@ -3,6 +3,9 @@
 The baseline is the reference code's loop: for each edit a backward pass for the gradients, a model
 of its own in which the edited weights are dense sums, called through `torch.func.functional_call`
 with all weights, logits at all positions, and the gradients summed up over the edits of a step.
+
+An edit of a network that is there is measured against fine-tuning the same matrices, which is all
+that one could do without it.
 """
 
 from __future__ import annotations
@@ -28,9 +31,12 @@ from benchmarks.measure import (
 from benchmarks.sections import Bench
 from errata.editors.background import Background
 from errata.editors.hypernet.gradients import Decomposed, decompose, stacked
-from errata.editors.hypernet.mend import Mend, MendConfig
+from errata.editors.hypernet.learnt import mlp_paths
+from errata.editors.hypernet.mend import FittedMend, Mend, MendConfig
 from errata.editors.hypernet.objective import ObjectiveConfig, Questions, outer_loss
 from errata.editors.hypernet.transform import TransformConfig, Update
+from errata.editors.trainable import Fit
+from errata.editors.tuning.finetune import FineTune, FineTuneConfig
 from errata.lm.hooks import captured
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example
@@ -40,14 +46,15 @@ from errata.requests import Case
 EDITS = 10
 """Of a step."""
 RANK = 256
+BATCH = 64
+"""Edits at once, of edits with a network that is there."""
 
 
 def fitting(bench: Bench) -> Iterator[Row]:
     """One step of the outer loop, its gradients for the network and no more."""
     lm = bench.setting.lm
     layers = Mend(MendConfig(), Background()).layers(lm)
-    paths = tuple(p for i in layers for p in (lm.mlp_in_path(i), lm.mlp_out_path(i)))
-    update = Update.of(lm, paths, TransformConfig(rank=RANK))
+    update = Update.of(lm, mlp_paths(lm, layers), TransformConfig(rank=RANK))
     cases = bench.setting.cases[: EDITS * 3]
     started(lm, update, cases[EDITS:])
     asked = questions(cases[:EDITS])
@@ -74,7 +81,46 @@ def fitting(bench: Bench) -> Iterator[Row]:
     )
 
 
-HYPERNET_SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {"fitting": fitting}
+def learnt_edits(bench: Bench) -> Iterator[Row]:
+    """An edit with MEND's network against fine-tuning (FT, at its defaults), alone and of 64."""
+    setting = bench.setting
+    lm = setting.lm
+    layers = Mend(MendConfig(), Background()).layers(lm)
+    update = Update.of(lm, mlp_paths(lm, layers), TransformConfig(rank=RANK))
+    started(lm, update, setting.cases[:EDITS])
+    config = MendConfig(layers=layers, network=update.config)
+    mend = FittedMend(config, Fit.of(lm, update.paths), update)
+    tuned = FineTuneConfig(layers=layers, matrices="mlp_in+mlp_out", stop_below=0.0)
+    finetune = FineTune(tuned, Background())
+    for count in (1, BATCH):
+        requests = [case.request for case in setting.cases[:count]]
+        asked = questions(setting.cases[:count])
+        slow, fast = alternated(
+            partial(finetune.edit, lm, requests),
+            partial(mend.edit, lm, requests),
+            bench.device,
+            bench.rounds,
+        )
+        yield Row(
+            section="learnt-edits",
+            model=setting.name,
+            what="1 edit" if count == 1 else f"{count} edits at once",
+            seconds=fast.seconds,
+            serial_seconds=slow.seconds,
+            difference=None,  # two ways to edit
+            tolerance=None,
+            peak=fast.peak,
+            serial_peak=slow.peak,
+            floor=_edit_products(lm, update, asked, layers) / rate_of(setting),
+            note=f"blocks {layers[0]} to {layers[-1]}, rank {RANK}; MEND over FT of "
+            f"{tuned.updates} updates; {1000 * fast.seconds / count:.0f} ms an edit",
+        )
+
+
+HYPERNET_SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "fitting": fitting,
+    "learnt-edits": learnt_edits,
+}
 """Name on the command line -> section."""
 
 
@@ -134,12 +180,16 @@ def one_by_one(lm: LanguageModel, update: Update, asked: Questions) -> Tensor:
 def raw_factors(lm: LanguageModel, example: Example, paths: Sequence[str]) -> dict[str, Decomposed]:
     """Each matrix' inputs and output gradients, from one forward and one full backward pass."""
     deltas: dict[str, Tensor] = {}
-    handles = [
-        lm.module(path).register_full_backward_hook(
-            lambda _m, _i, out, path=path: deltas.__setitem__(path, out[0][0])  # type: ignore[misc]
-        )
-        for path in paths
-    ]
+
+    def keep(path: str) -> Callable[[Any, Any, Tensor], None]:
+        def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: deltas.__setitem__(path, gradient[0])
+            )
+
+        return hook
+
+    handles = [lm.module(path).register_forward_hook(keep(path)) for path in paths]
     try:
         with captured({path: lm.module(path) for path in paths}) as seen:
             logprobs, tokens = predicted(lm, example, lm.network)
@@ -176,20 +226,35 @@ def gradient(update: Update) -> Tensor:
 
 def _products(lm: LanguageModel, update: Update, asked: Questions, layers: Sequence[int]) -> int:
     """Multiplications of one step: passes, gradients of states above the first edited block."""
+    passes = _passes(lm, [(asked.edits, 1), (asked.wanted, 1), (asked.kept * 2, 0.5)], layers)
+    return passes + 3 * _network_products(lm, update, asked)
 
-    def tokens(examples: Sequence[Example]) -> tuple[int, int]:
-        rows = encode_answers(lm, [e.prompt for e in examples], [e.answer for e in examples])
-        return sum(len(row.ids) for row in rows), sum(len(row.answer) for row in rows)
 
+def _edit_products(
+    lm: LanguageModel, update: Update, asked: Questions, layers: Sequence[int]
+) -> int:
+    """Multiplications of some edits: one pass forward and back, one through the network."""
+    return _passes(lm, [(asked.edits, 1)], layers) + _network_products(lm, update, asked)
+
+
+def _network_products(lm: LanguageModel, update: Update, asked: Questions) -> int:
+    """Multiplications of the network's forward pass."""
+    total = 0
+    for rows in decompose(lm, asked.edits, update.paths).values():
+        width = rows.inputs.shape[1] + rows.deltas.shape[1]
+        total += 2 * 2 * min(RANK, width) * width * len(rows.owner)
+    return total
+
+
+def _passes(
+    lm: LanguageModel, asked: Sequence[tuple[Sequence[Example], float]], layers: Sequence[int]
+) -> int:
+    """Multiplications of passes, and of as many as said back to the first edited block."""
     whole = block_products(lm, 0, lm.layers - 1)
     above = block_products(lm, layers[0], lm.layers - 1)
     total = 0
-    for examples, backward in ((asked.edits, 1), (asked.wanted, 1), (asked.kept * 2, 0.5)):
-        length, answers = tokens(examples)
-        total += int(length * (whole + backward * above))
-        total += int(answers * (1 + backward) * head_products(lm))
-    rows = decompose(lm, asked.edits, update.paths)
-    for path in update.paths:
-        width = rows[path].inputs.shape[1] + rows[path].deltas.shape[1]
-        total += 3 * 2 * 2 * min(RANK, width) * width * len(rows[path].owner)
+    for examples, backward in asked:
+        rows = encode_answers(lm, [e.prompt for e in examples], [e.answer for e in examples])
+        total += int(sum(len(row.ids) for row in rows) * (whole + backward * above))
+        total += int(sum(len(row.answer) for row in rows) * (1 + backward) * head_products(lm))
     return total

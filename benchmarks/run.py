@@ -231,6 +231,9 @@ takes, both measured in the same run on the same machine.
   are those of `benchmarks/store.py`.
 - *tracing-...*: serial is a full pass of the clean row and ten corrupted ones for each token and
   layer, measured on as many places as fit and scaled; differences are of probabilities.
+- *fitting*: a step of MEND's outer loop, all gradients for its network; serial is the reference's
+  loop, a functional copy of the model for each edit, as in `benchmarks/hypernet.py`.
+- *learnt-edits*: serial is fine-tuning of the same matrices, another method with another result.
 - *cluster-...* goes by the clock too, starting workers included: serial is one process without
   workers, the floor is that divided by the number of workers."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cluster
+from benchmarks.hypernet import HYPERNET_SECTIONS
 from benchmarks.run import main
 from benchmarks.sections import SECTIONS
 from benchmarks.tracing import PROMPTS, TRACING_SECTIONS
@@ -55,6 +56,13 @@ def test_saliency_and_tracing_choose_for_the_same_facts(tmp_path: Path) -> None:
     (row,) = run(tmp_path, "choosing", "--model", "tiny-gpt2")
     assert row["agrees"] is None and "3 of 3 facts traced" in row["note"]
     assert row["seconds"] > 0 and row["serial_seconds"] > 0
+
+
+def test_a_step_of_fitting_has_the_references_gradients(tmp_path: Path) -> None:
+    fitting, one, many = run(tmp_path, *HYPERNET_SECTIONS, "--model", "tiny-gpt2")
+    assert fitting["agrees"] and fitting["difference"] < 1e-3
+    assert one["what"] == "1 edit" and many["what"] == "64 edits at once"
+    assert "MEND over FT of 25 updates" in many["note"] and many["seconds"] > 0
 
 
 def test_an_absent_model_is_skipped(

@@ -65,6 +65,15 @@ class TrainingCases:
         count = min(len(drawn) - 1, max(1, round(share * len(drawn))))
         return cls(tuple(drawn[count:]), tuple(drawn[:count]))
 
+    def check(self) -> None:
+        """Refuse to learn from nothing.
+
+        Raises:
+            FitError: there is no case to learn from, or none to validate with.
+        """
+        if not self.train or not self.validation:
+            raise FitError("an editor needs cases to learn from and cases to validate with.")
+
 
 @dataclass(frozen=True)
 class Fit:

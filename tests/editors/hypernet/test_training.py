@@ -23,7 +23,7 @@ from errata.editors.hypernet.training import (
     train,
 )
 from errata.editors.trainable import TrainingCases
-from errata.errors import ConfigError, EditFileError, FitError
+from errata.errors import ConfigError, EditFileError, FitError, NotFiniteError
 from errata.requests import Case, Request
 
 CASES = tuple(Case(Request("{} is", str(i), "so"), case_id=str(i)) for i in range(10))
@@ -174,6 +174,17 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path: Path) ->
     assert began[0][1] == 10 and learner.x.isfinite().all()
     with pytest.raises(FitError, match="no checkpoint was kept"):
         train(Toy(bad_at=0), DIVIDED, CONFIG)
+
+
+def test_an_edited_model_that_overflows_stops_the_run_too(tmp_path: Path) -> None:
+    class Overflows(Toy):
+        def loss(self, cases: Sequence[Case], draw: random.Random) -> Mapping[str, Tensor]:
+            if int(self.seen) > 40:
+                raise NotFiniteError("the model overflows")
+            return super().loss(cases, draw)
+
+    with pytest.raises(FitError, match=r"step 13: the model overflows on '.*of step 10, is "):
+        train(Overflows(), DIVIDED, CONFIG, folder=tmp_path)
 
 
 def test_an_infinite_gradient_stops_the_run() -> None:

@@ -131,11 +131,12 @@ def fit_learner(
         The numbers with these blocks, the record of the fit, and the learner as it was best.
 
     Raises:
-        FitError: no case has neighbours, or the loss became NaN.
+        FitError: there are no cases, none has neighbours, or the loss became NaN.
         NotFiniteError: a matrix holds NaN or infinity.
         TokenizationError: a case's text is too long, or has no token; before the first step.
         RequestError: a classifier has no such label; before the first step.
     """
+    cases.check()
     if config.objective.kept and not any(case.neighbours for case in cases.train):
         raise FitError(
             "no case to learn from has neighbours, so the editor cannot learn what must stay. Give "

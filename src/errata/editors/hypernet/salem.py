@@ -68,6 +68,7 @@ class Salem(Trainable):
         progress: Progress = silent,
     ) -> FittedSalem:
         """Find the salient blocks, then train the network (see `Trainable.fit`)."""
+        cases.check()
         profile = editing_set_saliency(lm, cases.train, progress=progress)
         layers = self.config.layers and self.layers(lm)
         return FittedSalem(

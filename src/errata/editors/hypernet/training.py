@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -129,8 +129,7 @@ def train(
         StorageError: the checkpoint cannot be written.
         EditFileError: the checkpoint was altered.
     """
-    if not cases.train or not cases.validation:
-        raise FitError("an editor needs cases to learn from and cases to validate with.")
+    cases.check()
     run = _Run(learner, cases, config, seed, folder, _digest(cases, config, seed, identity or {}))
     if run.file is not None and run.file.exists():
         run.resume()
@@ -194,7 +193,7 @@ class _Run:
         self.learner.train()
         self.adam.zero_grad(set_to_none=True)
         for part in _parts(batch, self.config.at_once):
-            loss = self.learner.loss(part, draw)["loss"]
+            loss = self._loss(part, draw)["loss"]
             if not loss.isfinite():
                 self._fail(f"the loss became {float(loss.detach())}", part)
             torch.autograd.backward(loss * (len(part) / len(batch)))
@@ -204,6 +203,13 @@ class _Run:
         self.adam.step()
         self.step += 1
 
+    def _loss(self, cases: Sequence[Case], draw: random.Random) -> Mapping[str, Tensor]:
+        """The learner's loss; an edited model that overflows stops the run like any other NaN."""
+        try:
+            return self.learner.loss(cases, draw)
+        except NotFiniteError as error:
+            self._fail(str(error), cases)
+
     def validate(self) -> None:
         """Measure the validation cases, remember the best, write the checkpoint."""
         cases = self.cases.validation[: self.config.validation]
@@ -212,7 +218,7 @@ class _Run:
         sums: dict[str, float] = {}
         for part in _parts(cases, self.config.at_once):
             with torch.no_grad():
-                found = self.learner.loss(part, draw)
+                found = self._loss(part, draw)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(part)
         means = {name: total / len(cases) for name, total in sums.items()}
@@ -290,7 +296,7 @@ class _Run:
         self.best_step = contents.fields["best"]
         self.validations = list(contents.fields["validations"])
 
-    def _fail(self, what: str, cases: Sequence[Case]) -> None:
+    def _fail(self, what: str, cases: Sequence[Case]) -> NoReturn:
         named = ", ".join(repr(case.request.text) for case in cases[:3])
         where = f" on {named}{', ...' if len(cases) > 3 else ''}" if cases else ""
         kept = "no checkpoint was kept"
