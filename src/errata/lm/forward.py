@@ -8,7 +8,7 @@ blocks below stand aside, the tokens before are a key-value cache. `pause` is bo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,31 @@ def frozen(lm: LanguageModel) -> Iterator[None]:
     finally:
         for parameter in thawed:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def replayed(lm: LanguageModel, layer: int, run: Callable[[], object]) -> Iterator[None]:
+    """While open, the blocks below `layer` return what they returned in the pass that `run` makes.
+
+    For many passes over the very same rows, of models of every kind, which differ from that block
+    on alone. Gradients do not reach below.
+    """
+    blocks = [lm.block(index) for index in range(layer)]
+    returned: dict[nn.Module, Any] = {}
+
+    def kept(block: nn.Module) -> Callable[..., Any]:
+        compute = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            returned[block] = compute(*args, **kwargs)
+            return returned[block]
+
+        return forward
+
+    with torch.no_grad(), replaced_forward({block: kept(block) for block in blocks}):
+        run()
+    with replaced_forward({b: lambda *_, _told=returned[b], **__: _told for b in blocks}):
+        yield
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 
 from errata.errors import (
     ConfigError,
@@ -33,6 +34,14 @@ from errata.lm.weights import check_whole
 
 _SENSIBLE = 100_000
 """Tokenizers that know no limit name one beyond all sense."""
+_ACTIVATIONS = (
+    "activation_function",
+    "hidden_activation",
+    "hidden_act",
+    "activation",
+    "dense_act_fn",
+)
+"""What configurations call the function between an MLP's matrices."""
 _RELATIVE_LENGTH = 512
 """Tokens that a model with relative positions is given if its tokenizer knows no limit: T5's own
 length in training."""
@@ -272,6 +281,14 @@ class LanguageModel:
     def mlp_out(self, layer: int) -> nn.Module:
         """Last matrix of block `layer`'s MLP: keys go in, values come out."""
         return self.module(self.mlp_out_path(layer))
+
+    @property
+    def activation(self) -> nn.Module:
+        """The function between an MLP's matrices; of a gated MLP, that of the gate."""
+        config = self.config.to_dict()
+        module = ACT2FN[next(config[name] for name in _ACTIVATIONS if config.get(name))]
+        assert isinstance(module, nn.Module)
+        return module
 
     def attention(self, layer: int) -> nn.Module:
         """Block `layer`'s (self-)attention module."""

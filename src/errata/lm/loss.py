@@ -75,6 +75,8 @@ class Answers:
 
     rows: Tensor
     """(m,) which example each place belongs to, ascending; each example has a place."""
+    columns: Tensor
+    """(m,) which of its tokens predicts there; of a classifier the first, which stands for all."""
     logits: Tensor
     """(m, vocabulary) or, of a classifier, (n, labels); with gradient."""
     wanted: Tensor
@@ -102,8 +104,13 @@ class Answers:
         """The first `count` examples, and the others."""
         cut = int((self.rows < count).sum())
         return (
-            Answers(self.rows[:cut], self.logits[:cut], self.wanted[:cut]),
-            Answers(self.rows[cut:] - count, self.logits[cut:], self.wanted[cut:]),
+            Answers(self.rows[:cut], self.columns[:cut], self.logits[:cut], self.wanted[:cut]),
+            Answers(
+                self.rows[cut:] - count,
+                self.columns[cut:],
+                self.logits[cut:],
+                self.wanted[cut:],
+            ),
         )
 
 
@@ -120,11 +127,13 @@ def answer_logits(lm: LanguageModel, examples: Sequence[Example]) -> Answers:
     if lm.task == "classify":
         wanted = torch.tensor([_label(lm, example) for example in examples])
         rows, logits = torch.arange(len(examples)), _label_logits(lm, encode(lm, prompts))
+        columns = torch.zeros_like(rows)
     elif lm.kind == "encoder-decoder":
-        rows, logits, wanted = _answered(lm, prompts, answers)
+        rows, columns, logits, wanted = _answered(lm, prompts, answers)
     else:
-        rows, logits, wanted = _read(lm, prompts, answers)
-    return Answers(rows.to(logits.device), logits, wanted.to(logits.device))
+        rows, columns, logits, wanted = _read(lm, prompts, answers)
+    device = logits.device
+    return Answers(rows.to(device), columns.to(device), logits, wanted.to(device))
 
 
 def check_examples(lm: LanguageModel, examples: Sequence[Example]) -> None:
@@ -196,8 +205,9 @@ def predictions(lm: LanguageModel, prompts: Sequence[str], *, new_tokens: int = 
     return texts
 
 
-_Places = tuple[Tensor, Tensor, Tensor]
-"""For each token of all answers: its example (m,), the logits where it stands, itself (m,)."""
+_Places = tuple[Tensor, Tensor, Tensor, Tensor]
+"""For each token of all answers: its example (m,), where it is predicted (m,), the logits there,
+itself (m,)."""
 
 
 def _read(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> _Places:
@@ -215,7 +225,7 @@ def _read(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> 
         ends = [len(ids) - 1 for ids, _, _ in texts]
     rows, columns, wanted = _places([(first, answer) for _, first, answer in texts])
     batch = pad(lm, [ids for ids, _, _ in texts])
-    return rows, logits_at(lm, batch, rows, columns, ends), wanted
+    return rows, columns, logits_at(lm, batch, rows, columns, ends), wanted
 
 
 def _answered(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> _Places:
@@ -234,7 +244,7 @@ def _answered(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str])
             decoder_input_ids=network.prepare_decoder_input_ids_from_labels(labels),
             use_cache=False,
         ).logits
-    return rows, logits, wanted
+    return rows, columns, logits, wanted
 
 
 def _answer_texts(lm: LanguageModel, answers: Sequence[str]) -> list[list[int]]:

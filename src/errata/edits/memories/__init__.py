@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from errata.edits.memories.codebook import Codebook
 from errata.edits.memories.memory import Memory
+from errata.edits.memories.neurons import NeuronMemory
 
 MEMORIES: dict[str, type[Memory]] = {  # the kind in a file -> what merges and answers
     "codebook": Codebook,
+    "neurons": NeuronMemory,
 }
