@@ -32,7 +32,10 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import, besides itsel
 METHODS = ("closed_form", "hypernet", "memory", "tuning")
 """Folders of `editors` in which the named files are methods."""
 
-METHOD_NAMES = {"rome", "memit", "emmet", "mend", "salem", "ke", "enn", "serac", "grace", "scen"}
+METHOD_NAMES = {
+    *("rome", "memit", "emmet", "mend", "salem", "ke", "enn", "serac", "grace", "scen"),
+    "t_patcher",
+}
 
 MODEL_WORDS = ("transformer.h", "model.layers", "gpt_neox.layers", "model.decoder", "c_proj")
 """Parts of module paths: whoever holds one knows a model family."""

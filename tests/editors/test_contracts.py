@@ -17,6 +17,7 @@ from torch import Tensor
 from errata.editors import EDITORS, Background, Editor
 from errata.editors.closed_form.closed_form import ClosedForm
 from errata.editors.memory.grace import Grace
+from errata.editors.memory.t_patcher import TPatcher
 from errata.editors.trainable import Trainable
 from errata.editors.tuning.finetune import FineTune
 from errata.editors.tuning.neurons import KnowledgeNeurons
@@ -48,6 +49,10 @@ SMALL: dict[type[Editor], dict[str, Any]] = {
     },
     FineTune: {"layers": [1], "updates": 8, "learning_rate": 0.2, "norm_limit": 1.0},
     Grace: {"layers": [1], "updates": 20},
+    TPatcher: {
+        "memory_tokens": 500,
+        "patch": {"updates": 100, "check_from": 50, "learning_rate": 0.3, "memory": 1.0},
+    },
     KnowledgeNeurons: {"steps": 3, "prefixes": [], "embedding": "output"},
 }
 """Numbers with which an edit of a tiny random model takes in a moment, by kind of editor."""

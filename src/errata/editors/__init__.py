@@ -15,6 +15,7 @@ from errata.editors.hypernet.ke import Ke, KeConfig
 from errata.editors.hypernet.mend import Mend, MendConfig
 from errata.editors.hypernet.salem import Salem, SalemConfig
 from errata.editors.memory.grace import Grace, GraceConfig
+from errata.editors.memory.t_patcher import TPatcher, TPatcherConfig
 from errata.editors.tuning.finetune import (
     FineTune,
     FineTuneConfig,
@@ -81,6 +82,9 @@ EDITORS: dict[str, Method] = {
     "ke": Method(Ke, KeConfig, "a network reads what should change", "arXiv:2104.08164", _ALL),
     "enn": Method(
         Enn, EnnConfig, "the model is retrained to be easily edited", "arXiv:2004.00345", _ALL
+    ),
+    "t-patcher": Method(
+        TPatcher, TPatcherConfig, "one wrong token, one neuron", "arXiv:2301.09785", _ALL
     ),
     "mend": Method(
         Mend, MendConfig, "a network learns to make edits of gradients", "arXiv:2110.11309", _ALL
