@@ -15,6 +15,7 @@ from errata.editors.hypernet.ke import Ke, KeConfig
 from errata.editors.hypernet.mend import Mend, MendConfig
 from errata.editors.hypernet.salem import Salem, SalemConfig
 from errata.editors.memory.grace import Grace, GraceConfig
+from errata.editors.memory.serac import Serac, SeracConfig
 from errata.editors.memory.t_patcher import TPatcher, TPatcherConfig
 from errata.editors.tuning.finetune import (
     FineTune,
@@ -85,6 +86,9 @@ EDITORS: dict[str, Method] = {
     ),
     "t-patcher": Method(
         TPatcher, TPatcherConfig, "one wrong token, one neuron", "arXiv:2301.09785", _ALL
+    ),
+    "serac": Method(
+        Serac, SeracConfig, "edits as texts that a second model reads", "arXiv:2206.06520", _ALL
     ),
     "mend": Method(
         Mend, MendConfig, "a network learns to make edits of gradients", "arXiv:2110.11309", _ALL

@@ -103,6 +103,15 @@ def read(path: Path | str) -> Contents:
     return Contents(metadata.get("kind", ""), json.loads(metadata["fields"]), tensors)
 
 
+def digest(contents: Contents) -> str:
+    """SHA-256 over all that a file would hold; hexadecimal."""
+    told = {"kind": contents.kind, "fields": json.dumps(contents.fields, sort_keys=True)}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in contents.tensors.items()
+    }
+    return _checksum(told, tensors)
+
+
 def _ordered(data: bytes) -> tuple[bytes, memoryview]:
     """A safetensors file in two parts, its metadata sorted: the library's order is random.
 

@@ -187,7 +187,16 @@ class Edit(ABC):
             NotFiniteError: the edit holds NaN or infinity, perhaps only in `dtype`.
             StorageError: the file cannot be written.
         """
+        for part in self.parts:
+            part.save_beside(Path(path).parent)
         write(path, self.contents(dtype))
+
+    def save_beside(self, folder: Path) -> None:  # noqa: B027  # most need nothing
+        """Write into a folder what the edit needs there beside its own file.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
 
     def with_scores(self, scores: Mapping[str, Any]) -> Self:
         """The same edit with what it scored in its record."""

@@ -21,7 +21,11 @@ def load_edit(path: Path | str) -> Edit:
             or it was cut short or altered.
     """
     try:
-        return _edit(read(path))
+        edit = _edit(read(path))
+        for part in edit.parts:
+            if isinstance(part, MemoryEdit) and part.shared is not None:
+                part.shared.folder = Path(path).parent
+        return edit
     except (KeyError, TypeError, ValueError, AttributeError, RequestError) as error:
         raise EditFileError(
             f"{path} is an edit file with parts that do not fit together ({error!r}); another "

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -26,6 +27,7 @@ from errata.edits.archive import Contents
 from errata.edits.edit import Edit, Record, requests_as_json
 from errata.edits.memories import MEMORIES
 from errata.edits.memories.memory import Entry, Memory, Place
+from errata.edits.memories.shared import Shared
 from errata.edits.weights import base_hash, refuse_other_weights, whose
 from errata.errors import EditFileError, EditStateError, NotFiniteError, WrongModelError
 from errata.lm.load import LanguageModel
@@ -52,6 +54,8 @@ class MemoryEdit(Edit):
     """For each entry the numbers of the requests that it is there for; by default one each."""
     requests: tuple[Request, ...] = ()
     record: Record = field(default_factory=Record)
+    shared: Shared | None = None
+    """What it needs and shares with others (the setting `shared` names it); most need nothing."""
 
     def __post_init__(self) -> None:
         """Hold tuples and dictionaries of its own."""
@@ -79,6 +83,7 @@ class MemoryEdit(Edit):
         record: Record,
         settings: Mapping[str, Any] | None = None,
         serves: Sequence[Sequence[int]] = (),
+        shared: Shared | None = None,
     ) -> Self:
         """The edit that adds these entries beside `lm`'s weights at `path`.
 
@@ -91,10 +96,12 @@ class MemoryEdit(Edit):
             record: how the edit was made.
             settings: how the memory is set.
             serves: the requests of each entry, by number; by default there is one entry for each.
+            shared: what the edit needs and shares with others.
         """
+        settings = dict(settings or {}) | ({"shared": shared.name} if shared else {})
         base = {path: _base_hash(lm, path)}
         kept = tuple(tuple(entry) for entry in serves)
-        return cls(kind, path, tensors, base, settings or {}, kept, tuple(requests), record)
+        return cls(kind, path, tensors, base, settings, kept, tuple(requests), record, shared)
 
     @property
     def parts(self) -> tuple[Edit, ...]:
@@ -132,7 +139,7 @@ class MemoryEdit(Edit):
         held = lm.memories.get(self._key)
         if held is None:
             base = {self.path: base_hash(lm, self.path)} if force else self.base
-            held = Held(MEMORIES[self.kind], Place(lm, self.path, self.settings), base)
+            held = Held(MEMORIES[self.kind], Place(lm, self.path, self.settings, self.shared), base)
             lm.memories[self._key] = held
         held.add_(self)
         lm.applied.append(self)
@@ -163,7 +170,7 @@ class MemoryEdit(Edit):
         """
         try:
             lm.check_editable([self.path])
-            place = Place(lm, self.path, self.settings)
+            place = Place(lm, self.path, self.settings, self.shared)
             misfit = MEMORIES[self.kind].misfit(place, self.tensors)
         except AttributeError:
             misfit = "there is no such module"
@@ -231,7 +238,13 @@ class MemoryEdit(Edit):
             tuple(tuple(entry) for entry in fields["serves"]),
             tuple(Request.from_dict(request) for request in fields["requests"]),
             Record.from_dict(fields["record"]),
+            Shared(name) if (name := fields["settings"].get("shared")) else None,
         )
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what it shares with others, unless the folder has it."""
+        if self.shared is not None:
+            self.shared.write_into(folder)
 
     @cached_property
     def _key(self) -> tuple[str, str, str]:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from errata.errors import HookError
 
 _FLAT_IN = "errata_flat_in"
+_GATHERED = "errata_gathered"
 
 
 class _Stop(BaseException):
@@ -173,12 +174,21 @@ def gathered_input(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator
         return (states[rows.to(states.device), columns.to(states.device)], *args[1:])
 
     handle = module.register_forward_pre_hook(hook)
+    outer = module.__dict__.get(_GATHERED)
+    module.__dict__[_GATHERED] = rows, columns
     try:
         yield
     finally:
+        module.__dict__[_GATHERED] = outer
         handle.remove()
     if not runs:
         raise HookError(f"{type(module).__name__} did not run inside gathered_input().")
+
+
+def gathered_at(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The (rows, columns) that `gathered_input` now shows to `module`; None while it sees all."""
+    places: tuple[Tensor, Tensor] | None = module.__dict__.get(_GATHERED)
+    return places
 
 
 @contextmanager

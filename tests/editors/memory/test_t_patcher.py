@@ -147,9 +147,9 @@ def test_texts_about_the_subject_are_no_ordinary_text(tiny_gpt2: LanguageModel) 
     assert torch.equal(apart, found.states[found.owner == 1])
 
 
-def test_several_blocks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="one block"):
-        TPatcherConfig(layers=(1, 2))
+def test_several_blocks_are_refused(tiny_gpt2: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="one block's MLP"):
+        patcher(layers=[1, 2]).prepare(tiny_gpt2)
 
 
 def test_an_encoder_needs_ordinary_text() -> None:

@@ -189,7 +189,7 @@ def train_neurons(
         if done == config.updates:
             break
         adam.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, config.clip)
         adam.step()
         done += 1

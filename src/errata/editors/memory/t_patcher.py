@@ -27,7 +27,7 @@ from errata.algebra.neurons import Neurons
 from errata.editors.background import Background
 from errata.editors.config import EditorConfig
 from errata.editors.editor import Editor
-from errata.editors.memory.patches import Patched, PatchConfig, first_neurons, train_neurons
+from errata.editors.memory.patches import PatchConfig, Patched, first_neurons, train_neurons
 from errata.edits.edit import Record
 from errata.edits.memory import MemoryEdit, set_aside
 from errata.errors import ConfigError, NotFiniteError
@@ -61,9 +61,8 @@ class TPatcherConfig(EditorConfig):
     patch: PatchConfig = field(default_factory=PatchConfig)
 
     def __post_init__(self) -> None:
-        """Refuse several blocks, and numbers without sense."""
+        """Refuse numbers without sense."""
         super().__post_init__()
-        self._require(len(self.layers) <= 1, f"layers is one block, got {self.layers}.")
         self._require(self.neurons >= 1, f"neurons must be at least 1, got {self.neurons}.")
         self._require(
             self.memory_tokens >= 0,
@@ -87,8 +86,10 @@ class TPatcher(Editor):
         """The one block: the last, unless it is named.
 
         Raises:
-            ConfigError: it is beyond the model's depth.
+            ConfigError: there are several, or it is beyond the model's depth.
         """
+        if len(self.config.layers) > 1:
+            raise ConfigError(f"neurons sit beside one block's MLP, not {self.config.layers}.")
         return super().layers(lm) if self.config.layers else (lm.layers - 1,)
 
     def prepare(self, lm: LanguageModel, *, progress: Progress = silent) -> None:
@@ -237,7 +238,8 @@ class Ordinary:
                 "some (a corpus), or set memory_tokens = 0."
             )
         module = lm.mlp_in(layer)
-        states, texts = [torch.zeros(0, weight_out_in(module).shape[1], device=lm.device)], []
+        states = [torch.zeros(0, weight_out_in(module).shape[1], device=lm.device)]
+        texts: list[str] = []
         owner: list[int] = []
         source = iter(background.text(lm, tokens)) if tokens else iter(())
         while len(owner) < tokens and (some := list(islice(source, _TEXTS))):
@@ -255,7 +257,7 @@ class Ordinary:
         return cls(joined, torch.tensor(owner[:tokens], dtype=torch.long), tuple(texts))
 
     def apart_from(self, subject: str) -> Tensor:
-        """The states of texts that do not name a subject: what they say of it may have to change."""
+        """The states of texts without the subject: what they say of it may have to change."""
         name = subject.strip().casefold()
         apart = torch.tensor([name not in text for text in self.texts], dtype=torch.bool)
         return self.states[apart[self.owner].to(self.states.device)]

@@ -9,10 +9,12 @@ load as all edits do.
 from __future__ import annotations
 
 from errata.edits.memories.codebook import Codebook
+from errata.edits.memories.counterfactual import CounterfactualMemory
 from errata.edits.memories.memory import Memory
 from errata.edits.memories.neurons import NeuronMemory
 
 MEMORIES: dict[str, type[Memory]] = {  # the kind in a file -> what merges and answers
     "codebook": Codebook,
+    "counterfactual": CounterfactualMemory,
     "neurons": NeuronMemory,
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from errata.edits.memories.shared import Shared
 from errata.lm.hooks import attach
 from errata.lm.load import LanguageModel
 from errata.lm.prompts import Prompts, current
@@ -37,6 +38,8 @@ class Place:
     """The module."""
     settings: Mapping[str, Any]
     """What all edits of one memory agree in; JSON values."""
+    shared: Shared | None = None
+    """What they share beside that."""
 
     @property
     def module(self) -> nn.Module:
