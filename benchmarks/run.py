@@ -231,6 +231,8 @@ takes, both measured in the same run on the same machine.
   are those of `benchmarks/store.py`.
 - *tracing-...*: serial is a full pass of the clean row and ten corrupted ones for each token and
   layer, measured on as many places as fit and scaled; differences are of probabilities.
+- *choosing*: ours is saliency, serial our own causal tracing of every window of MLPs, for the same
+  facts: two ways to say which layer to edit, with two answers.
 - *fitting*: a step of MEND's outer loop, all gradients for its network; serial is the reference's
   loop, a functional copy of the model for each edit, as in `benchmarks/hypernet.py`.
 - *learnt-edits*: serial is fine-tuning of the same matrices, another method with another result.
