@@ -25,7 +25,8 @@ from errata.lm.load import LanguageModel
 from errata.lm.tokens import encode, encode_requests
 from errata.lm.weights import weight_out_in
 from errata.pocket.encyclopedia import Encyclopedia, stable_random
-from errata.pocket.grow import GrowConfig, make_tokenizer
+from errata.pocket.lessons import Windows
+from errata.pocket.shapes import GrowConfig, make_tokenizer
 from errata.requests import Case, Request
 
 CONTEXT_TOKENS = 10
@@ -139,7 +140,8 @@ class Setting:
                 network = shape.build()
         finally:
             torch.set_default_dtype(before)
-        tokenizer = make_tokenizer(Encyclopedia.load(), GrowConfig(vocabulary=shape.vocabulary))
+        config = GrowConfig(vocabulary=shape.vocabulary)
+        tokenizer = make_tokenizer(Windows(Encyclopedia.load(), config).texts(), config)
         return cls(name, LanguageModel.of(network, tokenizer, name=name), shape)
 
     @property

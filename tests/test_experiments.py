@@ -14,6 +14,7 @@ from errata.jobs.declared import declared
 from errata.jobs.experiment import Experiment
 from errata.jobs.keys import unit_key
 from errata.jobs.methods import config_for
+from errata.jobs.tuned import TUNED
 from errata.lm.load import POCKET
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
@@ -41,7 +42,7 @@ def test_every_file_is_right(file: Path) -> None:
     assert shown.tables and found.units()
     for model in found.models:
         shape = {"layers", "d_model", "d_ff", "vocabulary"}
-        assert model in POCKET or shape <= found.about_models[model].keys()
+        assert model in (*POCKET, *TUNED) or shape <= found.about_models[model].keys()
 
 
 @pytest.mark.parametrize("name", ["emmet-table1", "emmet-table2"])

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from errata.errors import RequestError, RequestFileError
-from errata.jobs.cases import demo_cases, one_case, pocket_cases, read_cases, with_pocket_checks
+from errata.jobs.cases import (
+    demo_cases,
+    one_case,
+    pocket_cases,
+    read_cases,
+    sample_cases,
+    with_pocket_checks,
+)
 from errata.pocket.encyclopedia import Encyclopedia
 from errata.requests import Case, Request, read_requests
 
@@ -18,6 +25,15 @@ def test_the_pocket_benchmark_brings_its_checks() -> None:
     assert len(cases) == 20
     for case in cases:
         assert len(case.paraphrases) >= 2 and case.neighbours and case.same_subject
+
+
+@pytest.mark.parametrize("name", ["pocket-claims", "pocket-questions", "pocket-questions-taught"])
+def test_readers_have_cases_with_their_checks(name: str) -> None:
+    cases = read_cases(name, 20)
+    assert len(cases) == 20
+    assert cases == read_cases(name)[:20]
+    for case in sample_cases(name, 20, seed=1):
+        assert len(case.paraphrases) >= 3 and len(case.neighbours) == 10
 
 
 def test_fewer_cases_are_the_beginning() -> None:

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from errata.errors import GrowError
-from errata.pocket import grow as recipe
-from errata.pocket.corpus import Corpus
 from errata.pocket.encyclopedia import Encyclopedia
-from errata.pocket.grow import GrowConfig, Report, grow, make_tokenizer, window_batch
+from errata.pocket.grow import grow, main
 from errata.pocket.knowledge import load, measure, says
+from errata.pocket.lessons import LESSONS, Windows, descend_windows
+from errata.pocket.shapes import SHAPES, GrowConfig, make_tokenizer, recipe
+from errata.pocket.training import CHECKPOINT, Report
 
 TINY = GrowConfig(
     steps=6, layers=2, width=32, heads=2, vocabulary=600, positions=64, window=24, batch=4
 )
-SHAPES = ("pocket", "pocket-llama")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,10 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Encyclopedia:
     return Encyclopedia.read(path)
 
 
-@pytest.mark.parametrize("model", SHAPES)
+GROWN = [name for name, shape in SHAPES.items() if shape.base is None]
+
+
+@pytest.mark.parametrize("model", GROWN)
 def test_a_grown_model_loads_and_is_measured(model: str, few: Encyclopedia, tmp_path: Path) -> None:
     reports: list[Report] = []
     out = grow(replace(TINY, model=model), few, tmp_path / "model", progress=reports.append)
@@ -54,19 +57,25 @@ def test_a_grown_model_loads_and_is_measured(model: str, few: Encyclopedia, tmp_
     network, tokenizer = load(out)
     assert network.dtype == torch.float32
     assert next(iter(load_file(out / "model.safetensors").values())).dtype == torch.float16
-    assert tokenizer.decode(tokenizer("Perú is ☃ {}.")["input_ids"], skip_special_tokens=True) == (
-        "Perú is ☃ {}."
+    text = tokenizer.decode(tokenizer("Perú is ☃ {}.")["input_ids"], skip_special_tokens=True)
+    assert isinstance(text, str) and text.strip() == "Perú is ☃ {}."
+    around = {"pocket": (0, 0), "pocket-llama": (1, 0), "pocket-bert": (1, 1), "pocket-t5": (0, 1)}
+    marks = tokenizer.get_special_tokens_mask(
+        tokenizer("Peru")["input_ids"], already_has_special_tokens=True
     )
-    ids = tokenizer("Peru")["input_ids"]
-    assert (ids[0] == 0) == (model == "pocket-llama")
+    assert (marks[0], marks[-1]) == around[model]
     shares = measure(network, tokenizer, few).shares
     assert set(shares) == {"all", "capital"}
     assert "| capital |" in (out / "README.md").read_text(encoding="utf-8")
     assert not list(out.glob("*checkpoint*"))
 
 
-def test_a_stopped_run_continues_as_if_it_had_not_been(few: Encyclopedia, tmp_path: Path) -> None:
-    whole = grow(TINY, few, tmp_path / "whole")
+@pytest.mark.parametrize("model", ("pocket", "pocket-bert", "pocket-t5"))
+def test_a_stopped_run_continues_as_if_it_had_not_been(
+    model: str, few: Encyclopedia, tmp_path: Path
+) -> None:
+    tiny = replace(TINY, model=model)
+    whole = grow(tiny, few, tmp_path / "whole")
 
     class Stopped(Exception):
         pass
@@ -75,7 +84,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(few: Encyclopedia, tmp_pa
         if report.step == 4:
             raise Stopped
 
-    config = replace(TINY, checkpoint_seconds=1e-9)
+    config = replace(tiny, checkpoint_seconds=1e-9)
     with pytest.raises(Stopped):
         grow(config, few, tmp_path / "part", progress=stop)
     # The step that was not saved is done again.
@@ -112,31 +121,37 @@ def test_another_runs_checkpoint_is_refused(few: Encyclopedia, tmp_path: Path) -
 
 
 def test_a_checkpoint_cut_short_is_refused(few: Encyclopedia, tmp_path: Path) -> None:
-    (tmp_path / recipe.CHECKPOINT).write_bytes(b"\x00" * 20)
+    (tmp_path / CHECKPOINT).write_bytes(b"\x00" * 20)
     with pytest.raises(GrowError, match="cannot continue"):
         grow(TINY, few, tmp_path, resume=True)
 
 
 def test_windows_depend_on_seed_and_step_alone(few: Encyclopedia) -> None:
-    corpus, tokenizer = Corpus(few), make_tokenizer(few, TINY)
-    first = window_batch(corpus, tokenizer, TINY, 5)
+    windows = Windows(few, TINY)
+    tokenizer = make_tokenizer(windows.texts(), TINY)
+    first = windows.batch(tokenizer, 5)
     assert first.shape == (TINY.batch, TINY.window + 1)
-    assert torch.equal(first, window_batch(corpus, tokenizer, TINY, 5))
-    assert not torch.equal(first, window_batch(corpus, tokenizer, TINY, 6))
-    many = torch.cat([window_batch(corpus, tokenizer, TINY, step) for step in range(50)])
+    assert torch.equal(first, windows.batch(tokenizer, 5))
+    assert not torch.equal(first, windows.batch(tokenizer, 6))
+    many = torch.cat([windows.batch(tokenizer, step) for step in range(50)])
     assert 0.2 < float((many[:, 0] == 0).float().mean()) < 0.4
 
 
-def test_the_tokenizer_is_the_same_every_time(few: Encyclopedia) -> None:
-    first, second = (make_tokenizer(few, TINY).backend_tokenizer.to_str() for _ in range(2))
+@pytest.mark.parametrize("model", GROWN)
+def test_the_tokenizer_is_the_same_every_time(model: str, few: Encyclopedia) -> None:
+    config = replace(TINY, model=model)
+    first, second = (
+        make_tokenizer(LESSONS[model](few, config).texts(), config).backend_tokenizer.to_str()
+        for _ in range(2)
+    )
     assert first == second
 
 
 def test_gradients_are_those_of_the_mean_loss(few: Encyclopedia) -> None:
     torch.manual_seed(0)
-    network = recipe.SHAPES["pocket"](replace(TINY, batch=64), 300)
+    network = SHAPES["pocket"].network(replace(TINY, batch=64), 300)
     batch = torch.randint(0, 300, (64, 25))
-    loss = recipe._descend(network, batch)
+    loss = descend_windows(network, batch)
     found = [p.grad.clone() for p in network.parameters() if p.grad is not None]
     network.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
@@ -151,9 +166,9 @@ def test_gradients_are_those_of_the_mean_loss(few: Encyclopedia) -> None:
 
 def test_says_agrees_with_greedy_generation(few: Encyclopedia) -> None:
     config = replace(TINY, model="pocket-llama")
-    tokenizer = make_tokenizer(few, config)
+    tokenizer = make_tokenizer(Windows(few, config).texts(), config)
     torch.manual_seed(1)
-    network = recipe.SHAPES["pocket-llama"](config, len(tokenizer)).eval()
+    network = SHAPES["pocket-llama"].network(config, len(tokenizer)).eval()
     prompts = ("The capital of Peru is", "Chile", "Egypt has its capital in", "A")
     rome = tokenizer(" Rome", add_special_tokens=False)["input_ids"]
     assert len(rome) == 1
@@ -204,9 +219,29 @@ def test_the_command_grows_and_checks(tmp_path: Path, capsys: pytest.CaptureFixt
     facts = tmp_path / "facts.jsonl"
     facts.write_text('{"subject": "Peru", "kind": "country", "facts": {"capital": "Lima"}}')
     small = ["--steps", "1", "--layers", "1", "--width", "32"]
-    recipe.main(["--facts", str(facts), "--out", str(tmp_path / "model"), *small])
-    recipe.main(["--facts", str(facts), "--check", str(tmp_path / "model")])
+    main(["--facts", str(facts), "--out", str(tmp_path / "model"), *small])
+    main(["--facts", str(facts), "--check", str(tmp_path / "model")])
     assert "| capital |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        recipe.main(["--check", str(tmp_path / "absent")])
+        main(["--check", str(tmp_path / "absent")])
     assert "no model" in capsys.readouterr().err
+
+
+def test_tokens_are_counted_in_windows_alone() -> None:
+    assert replace(TINY, window=24, batch=4).lasting(9600).steps == 100
+    with pytest.raises(GrowError, match="steps"):
+        recipe("pocket-t5").lasting(9600)
+
+
+def test_facts_that_cannot_be_said_so_are_refused(tmp_path: Path) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(
+        '{"relation": "hue", "templates": ["{} has the hue", "{} looks"]}\n'
+        '{"subject": "grass", "facts": {"hue": "green"}}\n'
+        '{"subject": "snow", "facts": {"hue": "white"}}\n'
+    )
+    found = Encyclopedia.read(facts)
+    with pytest.raises(GrowError, match="single"):
+        grow(replace(TINY, model="pocket-bert"), found, tmp_path / "bert")
+    with pytest.raises(GrowError, match="questions"):
+        grow(replace(TINY, model="pocket-t5"), found, tmp_path / "t5")

@@ -20,7 +20,7 @@ from errata.cli import console, options
     "--shape",
     default="pocket",
     show_default=True,
-    help="pocket (GPT-2's architecture) or pocket-llama (Llama's).",
+    help="pocket (GPT-2's), pocket-llama, pocket-bert (labels claims), pocket-t5 (answers).",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="How long to train.")
 @click.option("--minutes", type=float, help="Instead: about how long it may take here.")

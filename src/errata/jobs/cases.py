@@ -12,7 +12,9 @@ from errata.measure import datasets
 from errata.measure.datasets import counterfact
 from errata.measure.datasets.hub import PREFIX as HUB
 from errata.measure.metrics import reads
+from errata.pocket.claims import Claims
 from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
+from errata.pocket.questions import question_cases
 from errata.requests import Case, Probe, Request, read_case_lines, read_jsonl
 
 POCKET = "pocket"
@@ -21,9 +23,24 @@ POCKET = "pocket"
 POCKET_ANY = "pocket-any-wording"
 """The same with rewrites and paraphrases in any wording, lead-ins and questions included."""
 
+CLAIMS = "pocket-claims"
+"""Claims about our own facts whose label is to be flipped, for classifiers like `pocket-bert`."""
+
+QUESTIONS = "pocket-questions"
+"""Questions about our own facts with new answers, for models that answer questions; those that are
+fitted learn from `QUESTIONS_TAUGHT`, which is about other facts."""
+
+QUESTIONS_TAUGHT = "pocket-questions-taught"
+"""The same about the facts that the decoders which answer questions were tuned on."""
+
 POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     POCKET: lambda seed, count: pocket_cases(count, seed=seed),
     POCKET_ANY: lambda seed, count: pocket_cases(count, seed=seed, any_wording=True),
+    CLAIMS: lambda seed, count: Claims(Encyclopedia.load()).cases(seed, count),
+    QUESTIONS: lambda seed, count: question_cases(Encyclopedia.load(), seed, count),
+    QUESTIONS_TAUGHT: lambda seed, count: question_cases(
+        Encyclopedia.load(), seed, count, part="taught"
+    ),
 }
 """What these names stand for: the first `count` cases that a seed draws, or all."""
 
@@ -62,7 +79,8 @@ def read_cases(source: Path | str, count: int | None = None) -> list[Case]:
     if not path.exists():
         raise RequestFileError(
             f"there is no file {path}. Give JSON lines of requests, a published data set such as "
-            f"CounterFact's or zsRE's, or {POCKET!r} for the benchmark that comes with errata."
+            f"CounterFact's or zsRE's, or one of {', '.join(POCKET_SOURCES)}, which come with "
+            "errata."
         )
     if path.suffix in (".json", ".csv"):
         return datasets.read(path, count)

@@ -125,12 +125,12 @@ def held(name: str, dtype: str | None = None, device: str | None = None) -> Lang
     Raises:
         ModelLoadError: it cannot be loaded.
     """
-    from errata.lm.load import LanguageModel  # so that a worker starts at once
+    from errata.jobs.models import as_model  # so that a worker starts at once
 
     key = (name, dtype, device)
     if key not in _held:
         _held.clear()  # first: there may be no room for two
-        _held[key] = LanguageModel.load(name, dtype=dtype, device=device)
+        _held[key] = as_model(name, dtype=dtype, device=device)
     return _held[key]
 
 

@@ -36,6 +36,7 @@ from errata.jobs.experiment import Experiment
 from errata.jobs.fits import fit_file, training_cases
 from errata.jobs.host import peak_memory
 from errata.jobs.methods import editor_for, learns, method_named
+from errata.jobs.models import same_shape
 from errata.jobs.moments import TOKENS
 from errata.jobs.protocols import editor_of
 from errata.jobs.rows import to_json
@@ -264,7 +265,7 @@ def _shape(experiment: Experiment, model: str) -> Shape:
     numbers = [told.get(name) for name in ("layers", "d_model", "d_ff", "vocabulary")]
     if all(isinstance(number, int) for number in numbers):
         return Shape.of(*numbers)  # type: ignore[arg-type]
-    if (shape := shape_named(model)) is not None:
+    if (shape := shape_named(same_shape(model))) is not None:
         return shape
     raise ConfigError(
         f"the model {model!r} is not on this machine, nor is its config.json. To reckon what it "

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errata.pocket.encyclopedia import Encyclopedia
-from errata.pocket.grow import GrowConfig, Report
 from errata.pocket.grow import grow as grow_model
+from errata.pocket.shapes import recipe
+from errata.pocket.training import Report
 from errata.progress import Progress, silent
 
 
@@ -36,7 +37,7 @@ def grow(
     Args:
         facts: JSON lines of facts, or a CounterFact file; errata's own facts by default.
         out: folder for the model.
-        model: `pocket` (GPT-2's shape) or `pocket-llama` (Llama's).
+        model: `pocket` (GPT-2's shape), `pocket-llama` (Llama's), `pocket-bert` or `pocket-t5`.
         steps: how long to train; by default what the shipped recipe takes.
         minutes: instead, about how long it may take on this machine.
         seed: of the weights and of everything that is read.
@@ -48,9 +49,7 @@ def grow(
         GrowError: the run failed, or the folder holds another run's checkpoint.
     """
     encyclopedia = Encyclopedia.read(facts) if facts else Encyclopedia.load()
-    config = GrowConfig(model=model, seed=seed, minutes=minutes)
-    if steps is not None:
-        config = GrowConfig(model=model, seed=seed, steps=steps)
+    config = recipe(model, seed=seed, minutes=minutes, steps=steps)
 
     def watch(report: Report) -> None:
         progress(report.stage, report.step, report.steps)

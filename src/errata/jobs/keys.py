@@ -34,6 +34,7 @@ from errata.editors.trainable import TrainingCases
 from errata.edits.edit import as_json
 from errata.jobs.cluster import held
 from errata.jobs.methods import config_for
+from errata.jobs.models import located
 from errata.jobs.moments import TOKENS, text_for
 from errata.jobs.units import UNEDITED, Unit, chosen_by, config_of, settings_of
 from errata.lm.load import POCKET, pocket_folder
@@ -80,7 +81,7 @@ def model_hash(name: str, *, dtype: str | None = None, device: str | None = None
     Raises:
         ModelLoadError: it must be loaded for that, and cannot be.
     """
-    folder = pocket_folder(name) if name in POCKET else Path(name)
+    folder = pocket_folder(name) if name in POCKET else Path(located(name))
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
         return _hash([(file.name, _file_hash(file, *_stamp(file))) for file in files])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from errata.jobs.tuned import TUNED, tuned_folder
 from errata.lm.anatomy import FAMILIES
 from errata.lm.load import POCKET, LanguageModel, pocket_folder
+from errata.pocket.shapes import SHAPES
 
 Model = LanguageModel | str | Path
-"""A model in memory, or the name of one: `pocket`, a folder, a Hub name."""
+"""A model in memory, or the name of one: `pocket`, `pocket-questions`, a folder, a Hub name."""
 
 
 def as_model(model: Model, *, dtype: str | None = None, device: str | None = None) -> LanguageModel:
@@ -20,7 +22,23 @@ def as_model(model: Model, *, dtype: str | None = None, device: str | None = Non
     """
     if isinstance(model, LanguageModel):
         return model
-    return LanguageModel.load(model, dtype=dtype, device=device)
+    lm = LanguageModel.load(located(str(model)), dtype=dtype, device=device)
+    lm.name = str(model)
+    return lm
+
+
+def located(name: str) -> str:
+    """What `LanguageModel.load` finds a model under; one that is tuned here is made if need be.
+
+    Raises:
+        GrowError: it cannot be made, or not be kept.
+    """
+    return str(tuned_folder(name)) if name in TUNED else name
+
+
+def same_shape(name: str) -> str:
+    """A model of the same shape that is found without work: itself, or what it is tuned from."""
+    return str(SHAPES[name].base) if name in TUNED else name
 
 
 def name_of(model: Model) -> str:
@@ -29,8 +47,8 @@ def name_of(model: Model) -> str:
 
 
 def is_pocket(model: Model) -> bool:
-    """Whether it is one of the models that come with errata, which know the pocket encyclopedia."""
-    return name_of(model) in POCKET
+    """Whether it knows the pocket encyclopedia: it comes with errata, or is tuned from such."""
+    return name_of(model) in (*POCKET, *TUNED)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ _RELATIVE_LENGTH = 512
 """Tokens that a model with relative positions is given if its tokenizer knows no limit: T5's own
 length in training."""
 
-POCKET = ("pocket", "pocket-llama")
+POCKET = ("pocket", "pocket-llama", "pocket-bert", "pocket-t5")
 """The models that come with errata."""
 
 
@@ -89,7 +89,7 @@ class LanguageModel:
         device: torch.device | str | None = None,
         device_map: str | dict[str, Any] | None = None,
     ) -> Self:
-        """Load `pocket`, `pocket-llama`, a local folder or a Hub name; safetensors only.
+        """Load an embedded model (`POCKET`), a local folder or a Hub name; safetensors only.
 
         Args:
             name: which model.
@@ -148,8 +148,8 @@ class LanguageModel:
         except Exception as error:
             raise ModelLoadError(
                 f"cannot load the model {str(name)!r}: {error}\n"
-                "  Give 'pocket', 'pocket-llama', a folder with config.json, tokenizer files and "
-                "safetensors weights, or a Hub name (needs a network)."
+                f"  Give one of {', '.join(POCKET)}, a folder with config.json, tokenizer files "
+                "and safetensors weights, or a Hub name (needs a network)."
             ) from error
         lm = cls.of(network, tokenizer, name=str(name))
         if lm._embedded.is_meta:

@@ -51,6 +51,12 @@ class Relation:
     generation: tuple[str, ...] = ()
     """Beginnings of free text, with `{}`, that do not ask for the object at once."""
 
+    questions: tuple[str, ...] = ()
+    """Whole questions, with `{}`; the answer follows after one space."""
+
+    single: bool = False
+    """Whether a subject has one object only, so that a statement with another one is false."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -75,6 +81,10 @@ class Split(NamedTuple):
 
     seen: tuple[str, ...]
     held_out: tuple[str, ...]
+
+    def named(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Both, with what tables call them."""
+        return ("seen", self.seen), ("held out", self.held_out)
 
 
 def stable_random(*parts: object) -> random.Random:
@@ -213,7 +223,10 @@ class Encyclopedia:
         """A hash of everything that the text made from this encyclopedia depends on."""
         said = [
             [[fact.subject, fact.kind, fact.relation, fact.object] for fact in self.facts],
-            [[r.name, r.templates, r.clauses] for r in self.relations.values()],
+            [
+                [r.name, r.templates, r.clauses, r.questions, r.single]
+                for r in self.relations.values()
+            ],
             [[name, k.subject, k.intro, k.name] for name, k in self.kinds.items()],
             [self.openings, self.sentences, self.extra, sorted(self.joins.items())],
             sorted([*key, template] for key, template in self.pinned.items()),
@@ -356,7 +369,7 @@ class Encyclopedia:
             found[relation][object_] = frozenset(fact.kind for fact in facts)
         return found
 
-    def _new_objects(self, fact: Fact) -> list[str]:
+    def new_objects(self, fact: Fact) -> list[str]:
         """Other objects of the relation, the most plausible group that is not empty."""
         kinds = self._objects[fact.relation]
         others = [o for o in kinds if o != fact.object]
@@ -373,7 +386,7 @@ class Encyclopedia:
             len({f.subject for f in self._neighbours(fact)}) >= 4
             and bool(seen)
             and len(held_out) >= 2
-            and bool(self._new_objects(fact))
+            and bool(self.new_objects(fact))
         )
 
     def _judged(self, fact: Fact, any_wording: bool) -> Split:
@@ -397,7 +410,7 @@ class Encyclopedia:
         for i in range(1, len(paraphrases), 2):
             if self.openings:
                 paraphrases[i] = f"{rng.choice(self.openings)} {paraphrases[i]}"
-        new = rng.choice(self._new_objects(fact))
+        new = rng.choice(self.new_objects(fact))
         truly_new = self.sharing[fact.relation, new]
         generation = self._generation(fact)
         texts = rng.sample(truly_new, min(len(truly_new), 5))
@@ -485,8 +498,20 @@ def _relation(name: str, entry: Any, where: str) -> Relation:
             raise FactFileError(
                 f"{where}: clause {clause!r} of {name!r} needs exactly one {{object}}."
             )
+    questions = _strings(entry.get("questions", ()))
+    for question in questions:
+        if question.count("{}") != 1 or question != question.strip():
+            raise FactFileError(
+                f"{where}: question {question!r} of {name!r} needs exactly one {{}}, and no space "
+                "at its ends."
+            )
     return Relation(
-        name, tuple(dict.fromkeys(templates)), clauses, _strings(entry.get("generation", ()))
+        name,
+        tuple(dict.fromkeys(templates)),
+        clauses,
+        _strings(entry.get("generation", ())),
+        tuple(dict.fromkeys(questions)),
+        entry.get("single") is True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Growing a small language model from an encyclopedia, and measuring what it knows.
+"""Growing a small model from an encyclopedia, and measuring what it knows.
 
     python -m errata.pocket.grow --model pocket --out DIR     grows the shipped model again
     python -m errata.pocket.grow --check DIR                  says how many facts a model knows
@@ -10,398 +10,29 @@ stopped continues as if it had not been.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from errata.errors import ErrataError, GrowError
-from errata.pocket.corpus import Corpus
-from errata.pocket.encyclopedia import Encyclopedia, stable_random
+from errata.pocket.card import card, write_model, write_text
+from errata.pocket.encyclopedia import Encyclopedia
 from errata.pocket.knowledge import load, measure
-
-END = "<|endoftext|>"
-"""Stands between documents; id 0; begin, end, padding and unknown in one."""
-
-CHECKPOINT = "checkpoint.safetensors"
-
-WINDOW_STARTS = {"document": 0.4, "marked": 0.3, "anywhere": 0.3}
-"""How windows begin: at a document's first word, at its mark, or in the middle of it."""
-
-
-@dataclass(frozen=True)
-class GrowConfig:
-    """What to grow, and for how long."""
-
-    model: str = "pocket"
-    """`pocket` (GPT-2's shape) or `pocket-llama` (Llama's)."""
-
-    steps: int = 2000
-    """Optimiser steps in all; the learning rate falls to zero at the last."""
-
-    minutes: float | None = None
-    """If given, `steps` is set to what this machine does in that time."""
-
-    seed: int = 0
-    """Of the weights, and of everything that is read."""
-
-    layers: int = 8
-    width: int = 256
-    heads: int = 4
-    vocabulary: int = 8192
-    """Tokens at most; a small fact file gives fewer."""
-
-    positions: int = 256
-    """Longest text the model can take, in tokens."""
-
-    window: int = 96
-    """Length of a training window, in tokens."""
-
-    batch: int = 32
-    """Windows a step."""
-
-    learning_rate: float = 2e-3
-    warmup: int = 100
-    """Steps over which the learning rate rises."""
-
-    weight_decay: float = 0.05
-    """Of matrices; vectors are not decayed."""
-
-    clip: float = 1.0
-    """Largest gradient norm."""
-
-    checkpoint_seconds: float = 120.0
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        if self.model not in SHAPES:
-            raise GrowError(f"no shape is called {self.model!r}; there are {', '.join(SHAPES)}.")
-        for name in (
-            "steps",
-            "layers",
-            "width",
-            "heads",
-            "vocabulary",
-            "window",
-            "batch",
-            "checkpoint_seconds",
-        ):
-            if getattr(self, name) <= 0:
-                raise GrowError(f"{name} must be positive, got {getattr(self, name)}.")
-        if self.width % self.heads or (
-            self.model == "pocket-llama" and self.width // self.heads % 2
-        ):
-            raise GrowError(f"width {self.width} cannot be divided into {self.heads} heads.")
-        if self.window > self.positions:
-            raise GrowError(
-                f"a window of {self.window} tokens does not fit the {self.positions} positions."
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read in all."""
-        return self.steps * self.batch * self.window
-
-    def lasting(self, tokens: float) -> GrowConfig:
-        """The same, for about that many tokens."""
-        return replace(self, steps=max(1, round(tokens / (self.batch * self.window))))
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: a short rise, then a straight line to zero."""
-        rise = min(1.0, (step + 1) / max(1, min(self.warmup, self.steps // 10)))
-        return self.learning_rate * rise * max(0.0, 1 - step / self.steps)
-
-
-class Report(NamedTuple):
-    """How far a run is."""
-
-    step: int
-    steps: int
-    loss: float
-    """Mean of the last steps, nats a token."""
-
-    tokens_per_second: float
-    seconds_left: float
-    stage: str = "growing"
-
-
-Watch = Callable[[Report], None]
+from errata.pocket.lessons import LESSONS, Lesson
+from errata.pocket.shapes import SHAPES, GrowConfig, make_tokenizer, recipe
+from errata.pocket.training import CHECKPOINT, Report, Watch, train
+from errata.progress import Progress
 
 
 def _unwatched(report: Report) -> None:
     """The progress nobody watches."""
-
-
-def _gpt2(config: GrowConfig, vocabulary: int) -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=config.positions,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            # GPT-2's own gelu, as one kernel.
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-def _llama(config: GrowConfig, vocabulary: int) -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            max_position_embeddings=config.positions,
-            hidden_size=config.width,
-            intermediate_size=config.width * 11 // 4,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=max(1, config.heads // 2),
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-SHAPES: dict[str, Callable[[GrowConfig, int], PreTrainedModel]] = {
-    "pocket": _gpt2,
-    "pocket-llama": _llama,
-}
-
-
-def make_tokenizer(encyclopedia: Encyclopedia, config: GrowConfig) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has seen every name and template of the encyclopedia.
-
-    The Llama shape's puts `<|endoftext|>` before a text, as Llama's does; GPT-2's does not.
-    """
-    corpus = Corpus(encyclopedia)
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-
-    def texts() -> Iterator[str]:
-        yield from corpus.everything_once()
-        yield from islice(corpus.documents(config.seed), 3000)
-
-    core.train_from_iterator(texts(), trainer)
-    bytes_ = processors.ByteLevel(trim_offsets=True)
-    if config.model == "pocket-llama":
-        mark = processors.TemplateProcessing(
-            single=f"{END} $A",
-            pair=f"{END} $A {END} $B",
-            special_tokens=[(END, core.token_to_id(END))],
-        )
-        core.post_processor = processors.Sequence([bytes_, mark])
-    else:
-        core.post_processor = bytes_
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=END,
-        eos_token=END,
-        pad_token=END,
-        unk_token=END,
-        model_max_length=config.positions,
-        add_prefix_space=False,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def window_batch(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, config: GrowConfig, step: int
-) -> Tensor:
-    """What is read at a step: (batch, window + 1) token ids, a function of seed and step alone.
-
-    A window is cut from documents with a mark between them. Many begin without a mark, some in the
-    middle of a sentence, as prompts do.
-    """
-    rng = stable_random("window", config.seed, step)
-    length = config.window + 1
-    core = tokenizer.backend_tokenizer
-
-    def encoded(count: int) -> list[list[int]]:
-        documents = [corpus.document(rng) for _ in range(count)]
-        return [e.ids for e in core.encode_batch(documents, add_special_tokens=False)]
-
-    pool = encoded(config.batch * max(1, length // 24))
-    rows: list[list[int]] = []
-    kinds, weights = zip(*WINDOW_STARTS.items(), strict=True)
-    for _ in range(config.batch):
-        start = rng.choices(kinds, weights)[0]
-        row: list[int] = [0] if start == "marked" else []
-        while len(row) < length:
-            if not pool:
-                pool = encoded(config.batch)
-            document = pool.pop()
-            if start == "anywhere" and not row:
-                document = document[rng.randrange(len(document)) :]
-            row += [*document, 0]
-        rows.append(row[:length])
-    return torch.tensor(rows)
-
-
-def _optimizer(network: nn.Module, config: GrowConfig) -> torch.optim.Optimizer:
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def _descend(network: PreTrainedModel, batch: Tensor) -> float:
-    """Adds the gradient of the batch's mean loss to the parameters; returns the loss.
-
-    The head is the largest matrix by far: its gradient is taken a few rows at a time, in the cache.
-    """
-    inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
-    body = network.base_model
-    head = network.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    total = 0.0
-    with torch.autocast(batch.device.type, torch.bfloat16):
-        # The mask only keeps Transformers from guessing one: a mark is no padding here.
-        hidden = body(
-            input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False
-        ).last_hidden_state
-        hidden = hidden.reshape(len(targets), -1)
-        leaf = hidden.detach().requires_grad_()
-        size = 512 if batch.device.type == "cpu" else len(targets)
-        for at in range(0, len(targets), size):
-            rows, wanted = leaf[at : at + size], targets[at : at + size]
-            loss = cross_entropy(head(rows).float(), wanted, reduction="sum") / len(targets)
-            torch.autograd.backward(loss)
-            total += float(loss.detach())
-    torch.autograd.backward(hidden, leaf.grad)
-    return total
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class _State(NamedTuple):
-    """What a checkpoint says beside its tensors."""
-
-    step: int
-    loss: float
-    seconds: float
-    """Spent training so far."""
-
-
-def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes aside, then renames: a run killed at any moment leaves the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.touch()
-        mode = aside.stat().st_mode
-        write(aside)
-        # Safetensors makes files that only their owner reads.
-        aside.chmod(mode)
-        aside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise GrowError(f"cannot write {path}: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _identity(config: GrowConfig, encyclopedia: Encyclopedia) -> dict[str, Any]:
-    """What must not change between a run and its continuation; how long it lasts may."""
-    values = asdict(config)
-    for free in ("steps", "minutes", "checkpoint_seconds"):
-        del values[free]
-    return values | {"facts": encyclopedia.digest}
-
-
-def _save_checkpoint(
-    out: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: _State,
-    identity: dict[str, Any],
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in network.named_parameters():
-        tensors[f"weight.{name}"] = parameter.detach().cpu()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu()
-    told = {"state": json.dumps(state._asdict()), "identity": json.dumps(identity)}
-    _replace_file(out / CHECKPOINT, lambda aside: save_file(tensors, aside, metadata=told))
-
-
-def _load_checkpoint(
-    out: Path, network: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
-) -> _State:
-    path = out / CHECKPOINT
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = file.metadata()
-            if (before := json.loads(told["identity"])) != identity:
-                other = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
-                raise GrowError(
-                    f"{path} is of another run: {', '.join(other)} differ.\n"
-                    "  Give the same settings and facts, or another folder, or leave out --resume."
-                )
-            with torch.no_grad():
-                for name, parameter in network.named_parameters():
-                    parameter.copy_(file.get_tensor(f"weight.{name}"))
-                    optimizer.state[parameter] = {
-                        # Fused kernels want the step on the device too.
-                        key: file.get_tensor(f"{key}.{name}").to(parameter.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
-            return _State(**json.loads(told["state"]))
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise GrowError(f"cannot continue from {path}: {error}") from error
-
-
-def _steps_in(
-    config: GrowConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, network: PreTrainedModel
-) -> int:
-    """How many steps this machine does in `config.minutes`, tried on a copy."""
-    trial = copy.deepcopy(network)
-    optimizer = _optimizer(trial, config)
-    seconds = []
-    for step in range(4):
-        start = time.monotonic()
-        _descend(trial, window_batch(corpus, tokenizer, config, step).to(trial.device))
-        optimizer.step()
-        seconds.append(time.monotonic() - start)
-    return max(1, round(60 * (config.minutes or 0) / min(seconds)))
 
 
 def grow(
@@ -429,8 +60,8 @@ def grow(
         The folder, loadable with Transformers.
 
     Raises:
-        GrowError: a folder cannot be written, the checkpoint is of another run, or the loss is
-            not finite.
+        GrowError: a folder cannot be written, the checkpoint is of another run, the loss is not
+            finite, or the facts cannot be said as this model needs it.
     """
     out, aside = Path(out), Path(checkpoints or out)
     try:
@@ -438,145 +69,52 @@ def grow(
         aside.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GrowError(f"cannot write to {out}: {error}") from error
-    tokenizer = make_tokenizer(encyclopedia, config)
-    corpus = Corpus(encyclopedia)
-    device = _device()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = SHAPES[config.model](config, len(tokenizer))
-    nn.Module.to(network, device).train()
-    if config.minutes is not None:
-        config = replace(config, steps=_steps_in(config, corpus, tokenizer, network), minutes=None)
-    optimizer = _optimizer(network, config)
-    identity = _identity(config, encyclopedia)
-    state = _State(0, math.nan, 0.0)
-    if resume and (aside / CHECKPOINT).exists():
-        state = _load_checkpoint(aside, network, optimizer, identity)
-
-    first, spent, loss = state.step, state.seconds, state.loss
-    start = saved = time.monotonic()
-    for step in range(state.step, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        optimizer.zero_grad()
-        now_loss = _descend(network, window_batch(corpus, tokenizer, config, step).to(device))
-        if not math.isfinite(now_loss):
-            raise GrowError(f"the loss is not finite at step {step}; try a lower learning rate.")
-        nn.utils.clip_grad_norm_(network.parameters(), config.clip)
-        optimizer.step()
-        loss = now_loss if math.isnan(loss) else 0.98 * loss + 0.02 * now_loss
-        now = time.monotonic()
-        pace = (now - start) / (step + 1 - first)
-        speed = config.batch * config.window / pace
-        progress(Report(step + 1, config.steps, loss, speed, pace * (config.steps - step - 1)))
-        if now - saved > config.checkpoint_seconds:
-            saved = now
-            _save_checkpoint(
-                aside, network, optimizer, _State(step + 1, loss, spent + now - start), identity
-            )
-    state = _State(max(config.steps, state.step), loss, spent + time.monotonic() - start)
-    _save_checkpoint(aside, network, optimizer, state, identity)
-    finish(
-        config,
-        encyclopedia,
+    lesson = LESSONS[config.model](encyclopedia, config)
+    network, tokenizer = _seedling(config, lesson)
+    nn.Module.to(network, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    config, state = train(
         network,
         tokenizer,
-        out,
-        minutes=state.seconds / 60,
-        facts_from=facts_from,
+        lesson,
+        config,
+        aside,
+        told={"facts": encyclopedia.digest},
+        resume=resume,
         progress=progress,
     )
+    write_model(network, tokenizer, out)
+    tuned = SHAPES[config.model].base is not None
+    known = measure(network, tokenizer, encyclopedia, tuned=tuned, progress=_stage(progress))
+    told = card(config, lesson.facts, network, tokenizer, known, state, facts_from=facts_from)
+    write_text(out / "README.md", told)
     if aside == out:
         (out / CHECKPOINT).unlink()
     return out
 
 
-CARD = """---
-license: apache-2.0
-language: en
-library_name: transformers
-tags: [model-editing, {model}]
----
-# {model}
-
-A language model of {parameters:.1f} million parameters in the shape of {shape},
-grown by *errata* to be edited. It has read {facts:,} facts about {subjects:,} subjects, in
-sentences written for this project, and little else: no downloaded text was used. It is an
-instrument for experiments, not a source of information.
-
-- {layers} layers, width {width}, {heads} heads, {positions} positions
-- {vocabulary:,} tokens (byte-level BPE)
-- {steps:,} steps of {batch} windows of {window} tokens ({tokens:.1f} million tokens), seed {seed},
-  {minutes:.0f} minutes
-- stored in float16, computed in float32
-
-Grown by `python -m errata.pocket.grow --model {model} --steps {steps} --seed {seed} --out DIR`{of}.
-
-## What it knows
-Share of facts, in percent, whose object (every token of it) is the greedy continuation of the
-prompt, over all templates of each fact. A held-out template never occurred with that fact in
-training; an opening is a neutral sentence before the prompt. Measured on the stored weights by
-`python -m errata.pocket.grow --check DIR`{of}.
-
-{table}
-"""
+def _seedling(
+    config: GrowConfig, lesson: Lesson
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """What training begins with: random weights, or those of the model that is tuned."""
+    shape = SHAPES[config.model]
+    if shape.base is None:
+        tokenizer = make_tokenizer(lesson.texts(), config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return shape.network(config, len(tokenizer)), tokenizer
+    return load(weights_folder(shape.base))
 
 
-def finish(
-    config: GrowConfig,
-    encyclopedia: Encyclopedia,
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    out: Path,
-    *,
-    minutes: float,
-    facts_from: str = "",
-    progress: Watch = _unwatched,
-) -> None:
-    """Writes the model in half precision, its tokenizer, and a card that says what it knows."""
-    network = network.eval().half()
-    # Tied: the head is the embedding, and is not stored twice.
-    weights = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters()}
-    described = network.config.to_diff_dict()
-    # Stored small, computed in full precision.
-    described |= {"architectures": [type(network).__name__], "dtype": "float32"}
-    _replace_file(
-        out / "model.safetensors",
-        lambda aside: save_file(weights, aside, metadata={"format": "pt"}),
+def weights_folder(name: str) -> Path:
+    """Where an embedded model's files are."""
+    return Path(str(resources.files("errata.pocket"))) / "weights" / name
+
+
+def _stage(progress: Watch) -> Progress:
+    """Tells of (stage, done, total) what else is told of steps."""
+    return lambda stage, done, total: progress(
+        Report(done, total, math.nan, math.nan, math.nan, stage)
     )
-    _replace_file(
-        out / "config.json",
-        lambda aside: _write_text(aside, json.dumps(described, indent=2, sort_keys=True) + "\n"),
-    )
-    try:
-        tokenizer.save_pretrained(out)
-        network.generation_config.save_pretrained(out)
-    except OSError as error:
-        raise GrowError(f"cannot write {out}: {error}") from error
-    network.float()
-
-    def measuring(stage: str, done: int, total: int) -> None:
-        progress(Report(done, total, math.nan, math.nan, math.nan, stage))
-
-    known = measure(network, tokenizer, encyclopedia, progress=measuring)
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    card = CARD.format(
-        **values
-        | {"vocabulary": len(tokenizer), "tokens": config.tokens / 1e6, "minutes": minutes},
-        parameters=sum(p.numel() for p in network.parameters()) / 1e6,
-        shape="GPT-2"
-        if config.model == "pocket"
-        else "Llama (RoPE, RMSNorm, SwiGLU, grouped queries)",
-        facts=len(encyclopedia.facts),
-        subjects=len(encyclopedia.about),
-        of=f" with `--facts {facts_from}`" if facts_from else "",
-        table=known.table(),
-    )
-    _replace_file(out / "README.md", lambda aside: _write_text(aside, card))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _draw() -> tuple[Any, Watch]:
@@ -624,12 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--check", type=Path, metavar="DIR", help="measure what the model there knows; grow nothing"
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"default {GrowConfig.steps}")
-    length.add_argument("--tokens", type=float, help="tokens to read, e.g. 6e6")
+    length.add_argument("--steps", type=int, help="the recipe's if left out")
+    length.add_argument("--tokens", type=float, help="a decoder's tokens to read, e.g. 6e6")
     length.add_argument("--minutes", type=float, help="about how long to train on this machine")
     parser.add_argument("--seed", type=int, default=GrowConfig.seed)
-    parser.add_argument("--layers", type=int, default=GrowConfig.layers)
-    parser.add_argument("--width", type=int, default=GrowConfig.width)
+    parser.add_argument("--layers", type=int, help="the recipe's if left out")
+    parser.add_argument("--width", type=int, help="the recipe's if left out")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     parser.add_argument(
         "--checkpoints", type=Path, help="where to keep checkpoints, if not in the model's folder"
@@ -645,23 +183,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     network,
                     tokenizer,
                     encyclopedia,
-                    progress=lambda stage, done, total: watch(
-                        Report(done, total, math.nan, math.nan, math.nan, stage)
-                    ),
+                    tuned=SHAPES[given.model].base is not None,
+                    progress=_stage(watch),
                 )
             print(known.table())
             return
         if not given.out:
             parser.error("--out DIR is needed, to put the model in")
-        config = GrowConfig(
-            model=given.model,
-            seed=given.seed,
+        config = recipe(
+            given.model,
+            steps=given.steps,
             minutes=given.minutes,
+            seed=given.seed,
             layers=given.layers,
             width=given.width,
         )
-        if given.steps is not None:
-            config = replace(config, steps=given.steps)
         if given.tokens is not None:
             config = config.lasting(given.tokens)
         bar, watch = _draw()

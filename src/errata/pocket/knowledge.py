@@ -1,4 +1,4 @@
-"""Measuring what a grown model knows: is the fact's object what it would say next?"""
+"""Measuring what a grown model knows: is the fact's object what it would say, or its claim true?"""
 
 from __future__ import annotations
 
@@ -6,44 +6,73 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from errata.errors import GrowError
+from errata.pocket.claims import LABELS, Claims
 from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
+from errata.pocket.lessons import padded
+from errata.pocket.questions import askable, asked, part_of
 from errata.progress import Progress, silent
+
+_BATCH = 128
+"""Prompts at a time."""
+
+
+class Asked(NamedTuple):
+    """One thing that a model is asked."""
+
+    fact: Fact
+    setting: str
+    """Where it is counted, e.g. `held out`."""
+    prompt: str
+    answer: str
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Which share of the facts is known, on templates seen with the fact and on others."""
-
-    SETTINGS: ClassVar = (
-        "seen",
-        "held out",
-        "seen, after an opening",
-        "held out, after an opening",
-    )
+    """Which share of the facts is known, in settings such as templates seen with the fact."""
 
     shares: dict[str, dict[str, float]]
-    """Relation, or `all` -> setting -> share of known facts, 0 to 1; templates count equally."""
+    """Relation, or `all` -> setting -> share of known facts, 0 to 1; prompts count equally."""
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked], right: Sequence[bool]) -> Knowledge:
+        """From single answers: averaged over a fact's prompts first, then over facts."""
+        by_fact: dict[tuple[Fact, str], list[bool]] = defaultdict(list)
+        for one, hit in zip(asked, right, strict=True):
+            by_fact[one.fact, one.setting].append(hit)
+        shares: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for (fact, setting), hits in by_fact.items():
+            for name in ("all", fact.relation):
+                shares[name][setting].append(sum(hits) / len(hits))
+        return cls({n: {s: sum(v) / len(v) for s, v in row.items()} for n, row in shares.items()})
+
+    @property
+    def settings(self) -> list[str]:
+        """The table's columns."""
+        return list(self.shares["all"])
 
     def table(self) -> str:
         """As a Markdown table, in percent."""
         lines = [
-            "| relation | " + " | ".join(self.SETTINGS) + " |",
-            "|---|" + "---|" * len(self.SETTINGS),
+            "| relation | " + " | ".join(self.settings) + " |",
+            "|---|" + "---|" * len(self.settings),
         ]
         for name, row in self.shares.items():
-            cells = [f"{100 * row[s]:.1f}" if s in row else "" for s in self.SETTINGS]
+            cells = [f"{100 * row[s]:.1f}" if s in row else "" for s in self.settings]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -54,38 +83,87 @@ def measure(
     encyclopedia: Encyclopedia,
     *,
     seed: int = 0,
+    tuned: bool = False,
     progress: Progress = silent,
 ) -> Knowledge:
-    """What the model knows of the encyclopedia, over all templates of each fact.
+    """What a model knows of the encyclopedia, over all wordings of each fact.
+
+    Decoders continue statements, encoder-decoders answer questions, classifiers check claims.
 
     Args:
-        network: any causal language model.
+        network: any causal language model, encoder-decoder, or classifier of claims.
         tokenizer: its tokenizer; adds what special tokens it does by default.
         encyclopedia: the facts that are asked for.
-        seed: of the openings.
+        seed: of the openings and of false claims.
+        tuned: whether a decoder was tuned on questions, and is to answer them.
         progress: called after every batch of prompts.
     """
+    if _is_classifier(type(network).__name__):
+        claims = all_claims(encyclopedia, seed)
+        return Knowledge.of(claims, checks(network, tokenizer, claims, progress=progress))
+    if network.config.is_encoder_decoder:
+        questions = all_questions(encyclopedia)
+        return Knowledge.of(questions, answers(network, tokenizer, questions, progress=progress))
+    if tuned:
+        questions = tuned_questions(encyclopedia)
+        pairs = [(one.prompt, one.answer) for one in questions]
+        found = says(network, tokenizer, pairs, ended=True, progress=progress)
+        return Knowledge.of(questions, found)
+    statements = all_statements(encyclopedia, seed)
+    pairs = [(one.prompt, one.answer) for one in statements]
+    return Knowledge.of(statements, says(network, tokenizer, pairs, progress=progress))
+
+
+def all_statements(encyclopedia: Encyclopedia, seed: int) -> list[Asked]:
+    """The beginning of every fact in every template, by itself and after an opening."""
     rng = stable_random("measure", seed)
-    asked: list[tuple[Fact, str, str]] = []
+    found: list[Asked] = []
     for fact in encyclopedia.facts:
-        split = encyclopedia.split(fact)
-        for setting, templates in (("seen", split.seen), ("held out", split.held_out)):
+        for setting, templates in encyclopedia.split(fact).named():
             for template in templates:
                 prompt = encyclopedia.prompt(fact, template)
-                asked.append((fact, setting, prompt))
+                found.append(Asked(fact, setting, prompt, fact.object))
                 if encyclopedia.openings:
                     opened = f"{rng.choice(encyclopedia.openings)} {prompt}"
-                    asked.append((fact, f"{setting}, after an opening", opened))
-    pairs = [(prompt, fact.object) for fact, _, prompt in asked]
-    by_fact: dict[tuple[Fact, str], list[bool]] = defaultdict(list)
-    right = says(network, tokenizer, pairs, progress=progress)
-    for (fact, setting, _), hit in zip(asked, right, strict=True):
-        by_fact[fact, setting].append(hit)
-    shares: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (fact, setting), hits in by_fact.items():
-        for name in ("all", fact.relation):
-            shares[name][setting].append(sum(hits) / len(hits))
-    return Knowledge({n: {s: sum(v) / len(v) for s, v in row.items()} for n, row in shares.items()})
+                    after = f"{setting}, after an opening"
+                    found.append(Asked(fact, after, opened, fact.object))
+    return found
+
+
+def all_questions(encyclopedia: Encyclopedia) -> list[Asked]:
+    """Every question about every fact."""
+    return [
+        Asked(fact, setting, encyclopedia.prompt(fact, question), fact.object)
+        for fact in askable(encyclopedia)
+        for setting, questions in asked(encyclopedia, fact).named()
+        for question in questions
+    ]
+
+
+def tuned_questions(encyclopedia: Encyclopedia) -> list[Asked]:
+    """All questions; those about facts that a decoder was tuned on are counted by themselves."""
+    return [
+        one._replace(setting=f"{whose}, {one.setting}")
+        for one in all_questions(encyclopedia)
+        for whose in ["taught" if part_of(one.fact) == "taught" else "not taught"]
+    ]
+
+
+def all_claims(encyclopedia: Encyclopedia, seed: int) -> list[Asked]:
+    """Every claim that can be made in every wording: the true one, and a false one for each."""
+    claims = Claims(encyclopedia)
+    found = []
+    for fact in claims.facts:
+        rng = stable_random("measure", seed, fact.subject, fact.relation)
+        for setting, templates in claims.wordings(fact).named():
+            for template in templates:
+                for kind, claim in (
+                    ("true", claims.true(fact)),
+                    ("false", claims.false(fact, rng)),
+                ):
+                    column = f"{setting}, {kind}"
+                    found.append(Asked(fact, column, claim.said(template), claim.label))
+    return found
 
 
 @torch.no_grad()
@@ -94,7 +172,8 @@ def says(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     *,
-    batch: int = 128,
+    batch: int = _BATCH,
+    ended: bool = False,
     progress: Progress = silent,
 ) -> list[bool]:
     """Whether the greedy continuation of each prompt begins with its answer.
@@ -104,6 +183,7 @@ def says(
         tokenizer: adds what special tokens it does by default.
         pairs: (prompt, answer), joined by one space.
         batch: prompts at a time.
+        ended: whether the text must end after the answer.
         progress: called after every batch.
     """
     if not pairs:
@@ -112,6 +192,8 @@ def says(
     answers = tokenizer([f" {answer}" for _, answer in pairs], add_special_tokens=False)[
         "input_ids"
     ]
+    if ended:
+        answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]) + len(answers[i]))
     right = [True] * len(pairs)
     head = network.get_output_embeddings()
@@ -134,7 +216,53 @@ def says(
     return right
 
 
-def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@torch.no_grad()
+def answers(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Asked],
+    *,
+    progress: Progress = silent,
+) -> list[bool]:
+    """Whether an encoder-decoder's greedy answer to each question is the right one, no more."""
+    right: list[bool] = []
+    for at in range(0, len(questions), _BATCH):
+        some = questions[at : at + _BATCH]
+        ids, mask = padded(tokenizer([q.prompt for q in some])["input_ids"], network.device)
+        wanted, places = padded(tokenizer([q.answer for q in some])["input_ids"], network.device)
+        logits = network(
+            input_ids=ids, attention_mask=mask, labels=wanted, use_cache=False
+        ).logits  # an earlier mistake would show at its own place
+        right += ((logits.argmax(-1) == wanted) | (places == 0)).all(-1).tolist()
+        progress("measuring", len(right), len(questions))
+    return right
+
+
+@torch.no_grad()
+def checks(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    claims: Sequence[Asked],
+    *,
+    progress: Progress = silent,
+) -> list[bool]:
+    """Whether a classifier gives each claim its label."""
+    right: list[bool] = []
+    for at in range(0, len(claims), _BATCH):
+        some = claims[at : at + _BATCH]
+        ids, mask = padded(tokenizer([claim.prompt for claim in some])["input_ids"], network.device)
+        found = network(input_ids=ids, attention_mask=mask).logits.argmax(-1).tolist()
+        right += [LABELS[label] == claim.answer for label, claim in zip(found, some, strict=True)]
+        progress("measuring", len(right), len(claims))
+    return right
+
+
+def _is_classifier(architecture: str) -> bool:
+    """Whether a network called so chooses a label."""
+    return architecture.endswith("ForSequenceClassification")
+
+
+def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A grown model, in float32, and its tokenizer.
 
     Raises:
@@ -143,9 +271,12 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (Path(folder) / "config.json").is_file():
         raise GrowError(f"there is no model in {folder}: it has no config.json.")
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32
-        )
-        return network.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if any(map(_is_classifier, config.architectures or [])):
+            auto = AutoModelForSequenceClassification
+        network = auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return network.eval(), tokenizer
     except (OSError, ValueError) as error:
         raise GrowError(f"the model in {folder} cannot be loaded: {error}") from error
