@@ -15,7 +15,7 @@ from errata.errors import GrowError
 from errata.pocket.encyclopedia import Encyclopedia
 from errata.pocket.grow import grow, main
 from errata.pocket.knowledge import load, measure, says
-from errata.pocket.lessons import LESSONS, Windows, descend_windows
+from errata.pocket.lessons import LESSONS, Windows, descend_windows, quick_in_bfloat16
 from errata.pocket.shapes import SHAPES, GrowConfig, make_tokenizer, recipe
 from errata.pocket.training import CHECKPOINT, Report
 
@@ -154,7 +154,8 @@ def test_gradients_are_those_of_the_mean_loss(few: Encyclopedia) -> None:
     loss = descend_windows(network, batch)
     found = [p.grad.clone() for p in network.parameters() if p.grad is not None]
     network.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    half = quick_in_bfloat16(batch.device)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
         whole = network(input_ids=batch[:, :-1]).logits.float()
     expected = torch.nn.functional.cross_entropy(whole.flatten(0, 1), batch[:, 1:].flatten())
     torch.autograd.backward(expected)

@@ -21,6 +21,8 @@ def models() -> None:
     for pocket in job.pockets():
         size = size_text(pocket.nbytes) if pocket.nbytes else "missing"
         own.add_row(Text(pocket.name, "bold"), size, Text(str(pocket.folder)))
+    for name, base in job.tuned().items():
+        own.add_row(Text(name, "bold"), "", f"made from {base} when first used")
     terminal.print(own)
     terminal.print()
     terminal.print("Model types that can be edited, from a folder or the Hugging Face Hub:")

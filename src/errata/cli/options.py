@@ -35,7 +35,7 @@ def model_option(default: str | None = "pocket") -> Callable[[F], F]:
             "-m",
             "--model",
             default=default,
-            help="pocket, pocket-llama, a model folder or a Hub name."
+            help="A model that comes with errata (`errata models`), a folder or a Hub name."
             + ("" if default else " By default the one that the edit was made for."),
             **told,  # type: ignore[arg-type]
         )(command)

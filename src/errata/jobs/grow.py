@@ -7,6 +7,7 @@ from pathlib import Path
 
 from errata.pocket.encyclopedia import Encyclopedia
 from errata.pocket.grow import grow as grow_model
+from errata.pocket.lessons import LESSONS
 from errata.pocket.shapes import recipe
 from errata.pocket.training import Report
 from errata.progress import Progress, silent
@@ -62,4 +63,5 @@ def grow(
         resume=resume,
         facts_from=str(facts or ""),
     )
-    return Grown(folder, len(encyclopedia.facts), len(encyclopedia.about))
+    facts_read = LESSONS[model](encyclopedia, config).facts
+    return Grown(folder, len(facts_read), len({fact.subject for fact in facts_read}))

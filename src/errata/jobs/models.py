@@ -71,6 +71,11 @@ def pockets() -> list[Pocket]:
     return found
 
 
+def tuned() -> dict[str, str]:
+    """Models that are made when first used -> the embedded model that each is made from."""
+    return {name: same_shape(name) for name in TUNED}
+
+
 def families() -> list[str]:
     """Model types that errata can edit."""
     return sorted(FAMILIES)

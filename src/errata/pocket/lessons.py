@@ -115,7 +115,8 @@ def descend_windows(network: PreTrainedModel, batch: Tensor) -> float:
     head = network.get_output_embeddings()
     assert isinstance(head, nn.Module)
     total = 0.0
-    with torch.autocast(batch.device.type, torch.bfloat16):
+    half = quick_in_bfloat16(batch.device)
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=half):
         # The mask only keeps Transformers from guessing one: a mark is no padding here.
         hidden = body(
             input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False
@@ -130,6 +131,12 @@ def descend_windows(network: PreTrainedModel, batch: Tensor) -> float:
             total += float(loss.detach())
     torch.autograd.backward(hidden, leaf.grad)
     return total
+
+
+def quick_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies such matrices itself; a CPU that does not is very slow at it."""
+    able = torch.cpu.get_capabilities()
+    return device.type != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 class Checking:
