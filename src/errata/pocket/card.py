@@ -40,8 +40,8 @@ instrument for experiments, not a source of information.
 Grown by `{command}`.
 
 ## What it knows
-{asked} Measured on the stored weights by
-`{check}`.
+{asked}
+Measured on the stored weights by `{check}`.
 
 {table}
 """

@@ -135,7 +135,9 @@ def descend_windows(network: PreTrainedModel, batch: Tensor) -> float:
 
 def quick_in_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies such matrices itself; a CPU that does not is very slow."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    able: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an older torch does not tell
     return device.type != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
