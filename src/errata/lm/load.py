@@ -148,8 +148,8 @@ class LanguageModel:
         except Exception as error:
             raise ModelLoadError(
                 f"cannot load the model {str(name)!r}: {error}\n"
-                f"  Give one of {', '.join(POCKET)}, a folder with config.json, tokenizer files "
-                "and safetensors weights, or a Hub name (needs a network)."
+                f"  Give {', '.join(map(repr, POCKET))}, a folder with config.json, tokenizer "
+                "files and safetensors weights, or a Hub name (needs a network)."
             ) from error
         lm = cls.of(network, tokenizer, name=str(name))
         if lm._embedded.is_meta:
