@@ -118,3 +118,15 @@ def test_layers_are_numbers_or_a_way() -> None:
     assert edited_layers("0-2") == [0, 1, 2]
     assert edited_layers(None) is None
     assert "auto:saliency" in refused("edit", "--cases", "pocket", "--layers", "auto:x", code=2)
+
+
+def test_five_problems_go_on_where_they_stopped(facts: Path, trained_folder: Path) -> None:
+    words = ["--method", "ft", "--variant", "fact-erasure", "--layers", 1, "-n", 2]
+    words += ["--cases", facts, "--set", "ft.updates=3", "--seeds", "0,1", "--figure", "v.svg"]
+    output = said("locate", "variants", "-m", trained_folder, *words)
+    assert "fact-erasure" in output and "Rewrite score by layer" in output
+    assert len(list(Path("variants.parts").iterdir())) == 2 and Path("v.svg").exists()
+    assert said("locate", "variants", "-m", trained_folder, *words) == output
+    assert "another study" in refused(
+        "locate", "variants", "-m", trained_folder, *words, "--set", "ft.updates=4"
+    )
