@@ -217,3 +217,14 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML"):
         Experiment.load(path)
+
+
+def test_variants_are_swept_and_checked(tmp_path: Path) -> None:
+    swept = '[sweep]\nvariant = ["fact-erasure", "fact-forcing"]\n'
+    none = '[[editor]]\nmethod = "none"\n'
+    made = load(tmp_path, PLAIN, MEMIT, none, swept).units()
+    assert {unit.variant for unit in made} == {"fact-erasure", "fact-forcing"}
+    assert len({(unit.variant, unit.label) for unit in made}) == 4
+    assert "'fact-erazure'" in refused(tmp_path, PLAIN, 'variant = "fact-erazure"', MEMIT)
+    told = refused(tmp_path, PLAIN, 'variant = "fact-erasure"', '[[editor]]\nmethod = "kn"\n')
+    assert "kn cannot do fact-erasure" in told

@@ -52,6 +52,8 @@ def test_settings_that_say_the_default_or_the_recipe_are_no_part_of_a_key() -> N
         {"dtype": "bfloat16"},
         {"model": "gpt2-xl"},  # another recipe
         {"method": UNEDITED},
+        {"variant": "fact-erasure"},
+        {"variant": "error-injection"},  # of known facts alone
     ],
 )
 def test_what_changes_numbers_changes_the_key(fields: dict[str, Any]) -> None:
@@ -110,3 +112,10 @@ def parsed(module: str) -> ast.Module:
     file = keys._file(module)
     assert file is not None
     return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_a_unit_without_a_variant_does_not_know_of_any() -> None:
+    """What was described before there were variants has the same key still."""
+    assert "variant" not in UNIT.to_dict() and Unit.from_dict(UNIT.to_dict()) == UNIT
+    posed = replace(UNIT, variant="fact-erasure")
+    assert Unit.from_dict(posed.to_dict()) == posed and "fact-erasure" in str(posed)

@@ -239,3 +239,13 @@ def test_no_cases(tmp_path: Path, trained_folder: Path) -> None:
     write_cases(tmp_path / "cases.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DatasetError, match="empty list"):
         perform(asked, folder=tmp_path)
+
+
+def test_cases_are_posed_as_another_problem(tmp_path: Path, trained_folder: Path) -> None:
+    asked: dict[str, Any] = {"variant": "fact-erasure", "metrics": ("shares",)}
+    found = done(tmp_path, trained_folder, **asked)
+    told = means(found)
+    assert 0 < told["S.share"] <= 1 and told["rewrite.share"] > 0.2
+    assert found.record["not posed"] == [] and found.record["failed"] == 0
+    unedited = means(done(tmp_path, trained_folder, method=UNEDITED, **asked))
+    assert (unedited["rewrite.share"], unedited["neighbours.share"]) == (0.0, 1.0)

@@ -23,6 +23,7 @@ from errata.measure.editing import (
     unedited,
 )
 from errata.measure.score import COLUMNS, Scores
+from errata.measure.shares import Question, probabilities, recovered
 from errata.requests import Case, Probe, Request
 from tests.lm.families import tiny_lm
 
@@ -136,6 +137,10 @@ def test_cases_are_compared_with_the_unedited_model(kind: str) -> None:
         groups = {name: answered(lm, examples) for name, examples in asked(case).items()}
         right = groups["rewrite"].right + groups["paraphrases"].right
         assert told["EA"] == sum(right) / len(right)
+        (now,) = probabilities(lm, [Question(case.request.text, case.request.target)])
+        wanted = recovered(old.target["rewrite"], now)
+        assert told["rewrite.share"] == pytest.approx(wanted, abs=1e-4)
+        assert ("S.share" in told) == bool(case.neighbours)
         assert told["EA.rewrite"] == told["Reliability.forced"] == groups["rewrite"].accuracy
         if not case.neighbours:
             assert not {"DD", "DD.perplexity", "Locality", "Average"} & told.keys()

@@ -130,7 +130,15 @@ class Experiment:
     @classmethod
     def _read(cls, path: Path, values: Mapping[str, Any]) -> Self:
         top = Fields(values, "the file")
-        shared = ("data", "count", "corpus", "corpus_tokens", "generation", "generation_count")
+        shared = (
+            "variant",
+            "data",
+            "count",
+            "corpus",
+            "corpus_tokens",
+            "generation",
+            "generation_count",
+        )
         tables = ("protocol", "editor", "sweep", "model", *REPORTED)
         top.only("title", "models", "seeds", "metrics", *shared, *tables)
         models = top.texts("models")
@@ -138,6 +146,7 @@ class Experiment:
         sweep = _sweep(top.table("sweep"))
         base = replace(
             _protocol(top.table("protocol"), sweep),
+            variant=top.maybe_text("variant"),
             data=top.text("data", POCKET),
             count=top.number("count"),
             metrics=_metrics(top),
@@ -196,7 +205,7 @@ class Experiment:
                 yield checked(_swept(unit, dict(zip(sweep, values, strict=True))))
 
 
-_SAMPLE = ("data", "count", "generation", "generation_count")
+_SAMPLE = ("variant", "data", "count", "generation", "generation_count")
 _PLACED = ("dtype", "device")
 _SHAPE = ("layers", "d_model", "d_ff", "vocabulary")
 
@@ -315,7 +324,7 @@ def _swept(unit: Unit, values: Mapping[str, Any]) -> Unit:
     told = Fields({name: v for name, v in values.items() if name in SWEPT}, "sweep")
     for name in ("count", "corpus_tokens", "generation_count", "protocol.batch", "protocol.every"):
         told.number(name)
-    for name in ("data", "corpus"):
+    for name in ("variant", "data", "corpus"):
         told.maybe_text(name)
     told.flag("generation")
     if told.text("protocol.kind", "single") not in KINDS:

@@ -46,7 +46,17 @@ SCORING = ("errata.measure.score", "errata.measure.editing", "errata.measure.dri
 LOCATING = ("errata.locate.saliency", "errata.locate.tracing")
 """What chooses layers."""
 
-COMPUTING = ("cases", "layers", "methods", "moments", "protocols", "score", "scoring", "stream")
+COMPUTING = (
+    "cases",
+    "layers",
+    "methods",
+    "moments",
+    "protocols",
+    "score",
+    "scoring",
+    "stream",
+    "variants",
+)
 """The jobs whose own code counts; not what they import, much of which only tells."""
 
 FITTING = ("cases", "fits", "layers", "methods")

@@ -43,6 +43,7 @@ from errata.jobs.scoring import (
 from errata.jobs.stopwatch import Stopwatch
 from errata.jobs.stream import IMMEDIATE, stream
 from errata.jobs.units import UNEDITED, Unit, config_of
+from errata.jobs.variants import posed
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
 from errata.measure.metrics import Estimate
@@ -92,7 +93,7 @@ def perform(
     file = Path(fit or Path(folder) / "fit.safetensors")
     with clock("loading"):
         lm = held(unit.model, unit.dtype, unit.device)
-        cases = sample_cases(unit.data, unit.count, unit.seed)
+        cases, left_out = _asked(lm, unit)
         if unit.batch > len(cases):
             raise RequestError(
                 f"a batch of {unit.batch} cannot be made of {len(cases)} cases; lower "
@@ -102,6 +103,8 @@ def perform(
     with clock("scoring"):
         before = unedited_answers(lm, cases, unit)
     record: dict[str, Any] = {"seeds": {"cases": unit.seed}}
+    if unit.variant is not None:
+        record["not posed"] = left_out[:TOLD]
     metrics: dict[str, Estimate] = {}
     points: Sequence[Mapping[str, Any]] = ()
     if unit.method == UNEDITED:
@@ -145,6 +148,24 @@ def perform(
     }
     metrics = _summary(rows, unit) | metrics
     return Outcome(metrics, tuple(map(small, rows)), tuple(points), as_json(record))
+
+
+def _asked(lm: LanguageModel, unit: Unit) -> tuple[list[Case], list[str]]:
+    """The unit's cases, and why others of its sample cannot be posed as its variant.
+
+    Raises:
+        RequestError: none of them can.
+    """
+    cases = sample_cases(unit.data, unit.count, unit.seed)
+    if unit.variant is None:
+        return cases, []
+    found, skipped = posed(lm, cases, unit.variant)
+    why = [one.why for one in skipped]
+    if not found:
+        raise RequestError(
+            f"none of {len(cases)} cases can be posed to {lm.name} as {unit.variant}: {why[0]}"
+        )
+    return found, why
 
 
 def _summary(rows: Sequence[CaseRow], unit: Unit) -> dict[str, Estimate]:

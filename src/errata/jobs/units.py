@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
-from errata.editors import EditorConfig
+from errata.editors import EDITORS, EditorConfig
 from errata.edits.edit import as_json
 from errata.errors import ConfigError
 from errata.jobs.cases import POCKET
+from errata.jobs.fields import meant
 from errata.jobs.layers import WAYS
 from errata.jobs.methods import config_for, learns, methods
 from errata.measure.editing import COMPARISONS, Comparison
 from errata.measure.score import PROTOCOLS, Protocol
+from errata.requests import UNLESS_DEFAULT, VARIANTS
 
 Kind = Literal["single", "batch", "sequential"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,6 +41,9 @@ class Unit:
     """What differs from the method's recipe and defaults; tables nest."""
     fit: Mapping[str, Any] | None = None
     """What a method that must learn first learns from (`errata.jobs.fits`); None for others."""
+    variant: str | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """Pose the cases that the model knows as this problem (`errata.jobs.variants`); None takes all
+    as they are."""
     data: str = POCKET
     count: int | None = None
     """Cases in the sample; None takes all."""
@@ -66,7 +71,8 @@ class Unit:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `from_dict` reads back."""
-        return {f.name: as_json(getattr(self, f.name)) for f in fields(self)}
+        values: dict[str, Any] = as_json(self)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -77,10 +83,13 @@ class Unit:
         """Such as `MEMIT on pocket, batches of 16, seed 0`."""
         how = {"single": "each alone", "batch": f"batches of {self.batch}"}
         stream = f"a stream of batches of {self.batch}" if self.batch > 1 else "a stream"
-        return f"{self.label} on {self.model}, {how.get(self.protocol, stream)}, seed {self.seed}"
+        posed = f", {self.variant}" if self.variant else ""
+        way = how.get(self.protocol, stream)
+        return f"{self.label} on {self.model}{posed}, {way}, seed {self.seed}"
 
 
 SWEPT = {
+    "variant": "variant",
     "data": "data",
     "count": "count",
     "corpus": "corpus",
@@ -137,6 +146,7 @@ def checked(unit: Unit) -> Unit:
     Raises:
         ConfigError: its parts contradict each other, or its method has no such setting.
     """
+    _check_variant(unit)
     if unit.method == UNEDITED:
         unit = replace(unit, protocol="single", settings={}, corpus=None, corpus_tokens=None)
     else:
@@ -171,3 +181,15 @@ def checked(unit: Unit) -> Unit:
     if unit.generation_count is not None and not unit.generation:
         unit = replace(unit, generation_count=None)
     return unit
+
+
+def _check_variant(unit: Unit) -> None:
+    if unit.variant is None:
+        return
+    if unit.variant not in VARIANTS:
+        raise ConfigError(
+            f"there is no variant {unit.variant!r}; there are {', '.join(VARIANTS)}."
+            + meant(unit.variant, list(VARIANTS))
+        )
+    if unit.method != UNEDITED and unit.variant not in EDITORS[unit.method].editor.variants:
+        raise ConfigError(f"editor {unit.label!r}: {unit.method} cannot do {unit.variant}.")

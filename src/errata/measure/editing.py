@@ -15,8 +15,8 @@ the same under teacher forcing, every token of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -27,11 +27,13 @@ from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, answer_logits, example_batches, predictions
 from errata.lm.tokens import encode
 from errata.measure.metrics import Estimate, interval, reads
+from errata.measure.shares import case_probabilities, shares
 from errata.requests import Case
 
-Comparison = Literal["editing", "answers"]
-COMPARISONS: tuple[Comparison, ...] = ("editing", "answers")
-"""What compares an edited model with itself as it was: EA and DD; Reliability and its like."""
+Comparison = Literal["editing", "answers", "shares"]
+COMPARISONS: tuple[Comparison, ...] = ("editing", "answers", "shares")
+"""What compares an edited model with itself as it was: EA and DD; Reliability and its like; the
+shares of the possible (`errata.measure.shares`)."""
 
 EDITING_COLUMNS = (
     "EA",
@@ -46,6 +48,10 @@ EDITING_COLUMNS = (
     "Reliability.forced",
     "Generality.forced",
     "Locality.forced",
+    "S.share",
+    "rewrite.share",
+    "paraphrases.share",
+    "neighbours.share",
 )
 """Their metrics, in the order of tables."""
 
@@ -175,6 +181,8 @@ class Unedited:
     forced: Answered
     said: tuple[bool, ...] = ()
     """Whether it gives the answer by itself; empty where nobody asked."""
+    target: Mapping[str, float] = field(default_factory=dict)
+    """The probability of the edit's target after each prompt; empty where nobody asked."""
 
 
 def unedited(
@@ -182,10 +190,9 @@ def unedited(
 ) -> list[Unedited]:
     """Ask the unedited model, all cases at once; what `compared` wants to know."""
     questions = [asked(case)["neighbours"] for case in cases]
-    return [
-        Unedited(forced, said)
-        for forced, said in zip(*_asked_all(lm, questions, "answers" in comparisons), strict=True)
-    ]
+    targets = _targets(lm, cases, comparisons)
+    asked_all = _asked_all(lm, questions, "answers" in comparisons)
+    return [Unedited(*each) for each in zip(*asked_all, targets, strict=True)]
 
 
 def compared(
@@ -209,6 +216,7 @@ def compared(
     """
     groups = [examples for case in cases for examples in asked(case).values()]
     forced, said = _asked_all(lm, groups, "answers" in comparisons)
+    targets = _targets(lm, cases, comparisons)
     found: list[dict[str, float]] = []
     for number, old in enumerate(before):
         first = len(GROUPS) * number
@@ -222,8 +230,16 @@ def compared(
             right = _answers(rewrite.right, others.right, kept.right, old.forced.right)
             right.pop("Average", None)
             measured |= {f"{name}.forced": value for name, value in right.items()}
+        reached = shares(cases[number].request, old.target, targets[number])
+        measured |= {f"{name}.share": value for name, value in reached.items()}
         found.append({name: measured[name] for name in EDITING_COLUMNS if name in measured})
     return found
+
+
+def _targets(
+    lm: LanguageModel, cases: Sequence[Case], comparisons: Collection[Comparison]
+) -> list[dict[str, float]]:
+    return case_probabilities(lm, cases) if "shares" in comparisons else [{} for _ in cases]
 
 
 def _editing(

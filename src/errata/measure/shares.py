@@ -21,11 +21,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, answer_logits
+from errata.lm.loss import Example, answer_logits, example_batches
 from errata.lm.noise import NOISE, hidden, subjects_hidden
 from errata.lm.tokens import encode_requests
 from errata.measure.likelihood import judge, not_finite
 from errata.requests import SLOT, Case, Request
+
+_BATCH_TOKENS = 4096
 
 Shares = Mapping[str, float]
 """`rewrite`, `paraphrases`, `neighbours` and `S`; what a case cannot measure is absent."""
@@ -92,13 +94,8 @@ def probabilities(lm: LanguageModel, questions: Sequence[Question]) -> list[floa
         NotFiniteError: the model gives NaN or infinity.
         TokenizationError: a prompt or target has no token of its own, or is too long.
     """
-    judged = judge(lm, [(q.text, q.target) for q in questions if q.veiled is None])
-    return [
-        _behind_noise(lm, q.veiled)
-        if q.veiled
-        else math.exp(sum(judged[q.text, q.target].logprobs))
-        for q in questions
-    ]
+    clear = _in_clear(lm, list(dict.fromkeys(q for q in questions if q.veiled is None)))
+    return [_behind_noise(lm, q.veiled) if q.veiled else clear[q] for q in questions]
 
 
 def case_probabilities(lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, float]]:
@@ -128,6 +125,20 @@ def shares(request: Request, before: Mapping[str, float], after: Mapping[str, fl
     if len(found) == 3:
         each = found.values()
         found["S"] = 3 / sum(1 / x for x in each) if all(x > 0 for x in each) else 0.0
+    return found
+
+
+def _in_clear(lm: LanguageModel, questions: Sequence[Question]) -> dict[Question, float]:
+    if lm.kind == "decoder":
+        judged = judge(lm, [(q.text, q.target) for q in questions])
+        return {q: math.exp(sum(judged[q.text, q.target].logprobs)) for q in questions}
+    examples = [Example(q.text, q.target) for q in questions]
+    found: dict[Question, float] = {}
+    for group in example_batches(lm, examples, _BATCH_TOKENS):
+        p = answer_logits(lm, [examples[i] for i in group]).probabilities()
+        if not p.isfinite().all():
+            raise not_finite(lm)
+        found |= zip([questions[i] for i in group], p.tolist(), strict=True)
     return found
 
 
