@@ -11,7 +11,7 @@ import pytest
 from errata.errors import ConfigError, DatasetError, RequestError
 from errata.jobs import locate as job
 from errata.jobs import variants
-from errata.jobs.locating_report import figure, render
+from errata.jobs.locating_report import figure, markdown, render
 from errata.jobs.problem_tables import problem_rows
 from errata.jobs.problems import Problems, problems
 from errata.jobs.variants import REVERSED, posed
@@ -131,6 +131,9 @@ def test_every_problem_is_done_by_every_method_and_kept_on_the_way(
     assert len(explained[2]) == len(best[2]) == 4 and by_layer[1][2:] == ("0", "1")
     assert all(cell == "\N{EN DASH}" for cell in overall[2][0][2:])  # no neighbours, no overall
     assert len(figure(back).axes) == 3 and "fact-forcing" in render(back)
+    page = markdown(back, Path("here/lines.svg"))
+    assert "![What is to be done" in page and "(lines.svg)" in page
+    assert page.count("| fact-forcing | ft |") == 4
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is(

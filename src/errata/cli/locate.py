@@ -250,7 +250,9 @@ def versus(
 @options.model_option()
 @click.option("-o", "--out", default=Path("variants.json"), show_default=True, type=options.FILE)
 @click.option("--figure", type=options.FILE, help="A picture, .png or .svg.")
-@click.option("--report", type=options.FILE, help="The page; OUT with .html by default.")
+@click.option(
+    "--report", type=options.FILE, help="The page; OUT with .html by default, .md for Markdown."
+)
 def variants(
     methods: tuple[str, ...],
     variants: tuple[str, ...],

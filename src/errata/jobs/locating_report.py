@@ -66,7 +66,7 @@ class Places:
     figure: Path | None = None
     """PNG or SVG."""
     report: Path | None = None
-    """HTML."""
+    """HTML or, where the name ends in .md, Markdown that links to the figure."""
 
     def check(self) -> None:
         """Find out before a long run that something could not be written.
@@ -91,7 +91,9 @@ class Places:
         if self.figure is not None:
             save_figure(figure(result), self.figure)
         if self.report is not None:
-            write_text(self.report, render(result))
+            as_text = self.report.suffix == ".md"
+            text = markdown(result, self.figure) if as_text else render(result)
+            write_text(self.report, text)
 
 
 def render(result: Result) -> str:
@@ -107,6 +109,24 @@ def render(result: Result) -> str:
         sections=list(_sections(result)),
         skipped=skipped,
     )
+
+
+def markdown(result: Result, picture: Path | None = None) -> str:
+    """The tables of the page, with a link to a picture beside it."""
+    lines = [f"# {title(result)}"]
+    for section in _sections(result):
+        lines += ["", f"## {section.title}", "", section.lead]
+        if picture is not None:
+            lines += ["", f"![{section.title}]({picture.name})"]
+            picture = None
+        for one in section.tables:
+            lines += ["", f"### {one.title}", "", _line(one.columns)]
+            lines += [_line(["---"] * len(one.columns)), *map(_line, one.rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 
 def title(result: Result) -> str:
