@@ -29,6 +29,7 @@ from benchmarks.cluster import CLUSTER_SECTIONS
 from benchmarks.gpu import GPU_SECTIONS
 from benchmarks.hypernet import HYPERNET_SECTIONS
 from benchmarks.measure import Row
+from benchmarks.memories import MEMORY_SECTIONS
 from benchmarks.sections import SECTIONS, Bench
 from benchmarks.settings import SHAPES, Setting
 from benchmarks.store import STORE_SECTIONS
@@ -40,6 +41,7 @@ CPU_SECTIONS = (
     | TRACING_SECTIONS
     | CHOOSING_SECTIONS
     | HYPERNET_SECTIONS
+    | MEMORY_SECTIONS
     | STORE_SECTIONS
     | CLUSTER_SECTIONS
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 from errata.editors import EDITORS, Background, Editor
 from errata.editors.closed_form.closed_form import ClosedForm
 from errata.editors.memory.grace import Grace
+from errata.editors.memory.scen import Scen
 from errata.editors.memory.t_patcher import TPatcher
 from errata.editors.trainable import Trainable
 from errata.editors.tuning.finetune import FineTune
@@ -53,6 +54,7 @@ SMALL: dict[type[Editor], dict[str, Any]] = {
         "memory_tokens": 500,
         "patch": {"updates": 100, "check_from": 50, "learning_rate": 0.3, "memory": 1.0},
     },
+    Scen: {"layers": [1], "learning_rate": 0.2, "neuron_learning_rate": 0.3},
     KnowledgeNeurons: {"steps": 3, "prefixes": [], "embedding": "output"},
 }
 """Numbers with which an edit of a tiny random model takes in a moment, by kind of editor."""

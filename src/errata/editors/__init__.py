@@ -15,6 +15,7 @@ from errata.editors.hypernet.ke import Ke, KeConfig
 from errata.editors.hypernet.mend import Mend, MendConfig
 from errata.editors.hypernet.salem import Salem, SalemConfig
 from errata.editors.memory.grace import Grace, GraceConfig
+from errata.editors.memory.scen import Scen, ScenConfig
 from errata.editors.memory.serac import Serac, SeracConfig
 from errata.editors.memory.t_patcher import TPatcher, TPatcherConfig
 from errata.editors.tuning.finetune import (
@@ -89,6 +90,9 @@ EDITORS: dict[str, Method] = {
     ),
     "serac": Method(
         Serac, SeracConfig, "edits as texts that a second model reads", "arXiv:2206.06520", _ALL
+    ),
+    "scen": Method(
+        Scen, ScenConfig, "an expert and an indexing neuron for each edit", "arXiv:2404.02699", _ALL
     ),
     "mend": Method(
         Mend, MendConfig, "a network learns to make edits of gradients", "arXiv:2110.11309", _ALL

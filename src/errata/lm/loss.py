@@ -217,14 +217,13 @@ def _read(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> 
             (text.ids, text.prompt_length - 1, text.answer)
             for text in encode_answers(lm, prompts, answers)
         ]
-        ends = [first for _, first, _ in texts]
     else:
         texts = [
             (text.ids, text.first, text.answer) for text in encode_masked(lm, prompts, answers)
         ]
-        ends = [len(ids) - 1 for ids, _, _ in texts]
     rows, columns, wanted = _places([(first, answer) for _, first, answer in texts])
     batch = pad(lm, [ids for ids, _, _ in texts])
+    ends = [first for _, first, _ in texts]  # a masked prompt is decided about at its first mask
     return rows, columns, logits_at(lm, batch, rows, columns, ends), wanted
 
 
@@ -297,6 +296,6 @@ def _fillings(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[str]:
     """The likeliest token at each mask, each row's together as text."""
     batch = pad(lm, rows)
     at, columns = (batch.ids == lm.tokenizer.mask_token_id).nonzero(as_tuple=True)
-    ends = [len(row) - 1 for row in rows]
+    ends = (batch.ids == lm.tokenizer.mask_token_id).long().argmax(dim=1).tolist()
     tokens = logits_at(lm, batch, at, columns, ends).argmax(-1).to(at.device)
     return [str(lm.tokenizer.decode(tokens[at == row])) for row in range(len(rows))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from errata.edits.memories.codebook import Codebook
 from errata.edits.memories.counterfactual import CounterfactualMemory
+from errata.edits.memories.experts import Experts
 from errata.edits.memories.memory import Memory
 from errata.edits.memories.neurons import NeuronMemory
 
@@ -17,4 +18,5 @@ MEMORIES: dict[str, type[Memory]] = {  # the kind in a file -> what merges and a
     "codebook": Codebook,
     "counterfactual": CounterfactualMemory,
     "neurons": NeuronMemory,
+    "experts": Experts,
 }

@@ -19,6 +19,7 @@ others would have had alone. Labels are equal if their texts are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Literal, Self, get_args
 
 import torch
@@ -50,6 +51,11 @@ class Codebook(Memory):
         """(m,)"""
         self.labels: list[str] = []
 
+    @cached_property
+    def _squares(self) -> Tensor:
+        """(m,) of the keys' lengths."""
+        return self.keys.square().sum(1)
+
     @classmethod
     def misfit(cls, place: Place, tensors: Mapping[str, Tensor]) -> str:
         """Why keys and values, or the settings, do not fit; empty if they do."""
@@ -67,12 +73,13 @@ class Codebook(Memory):
             for old in (self.keys, self.values, self.radii)
         )
         labels = list(self.labels)
+        squares = keys.square().sum(1)
         new_keys = self.place.rows([e.tensors["keys"] for e in entries])
         new_values = self.place.rows([e.tensors["values"] for e in entries])
         for entry, key, value in zip(entries, new_keys, new_values, strict=True):
             label, radius = entry.requests[0].target.strip(), float(entry.tensors["radii"])
             if labels:
-                distance, j = _nearest(keys[: len(labels)], key[None])
+                distance, j = _nearest(keys[: len(labels)], squares[: len(labels)], key[None])
                 d, at = float(distance), int(j)
                 if d <= radius + float(radii[at]):
                     if labels[at] == label:
@@ -82,6 +89,7 @@ class Codebook(Memory):
                     radii[at], radius = d / 2 - _MARGIN, d / 2
             here = len(labels)
             keys[here], values[here], radii[here] = key, value, radius
+            squares[here] = key.square().sum()
             labels.append(label)
         book, count = type(self)(self.place), len(labels)
         book.keys, book.values, book.radii = keys[:count], values[:count], radii[:count]
@@ -90,7 +98,7 @@ class Codebook(Memory):
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Distance (n,) of queries (n, d_in) to the nearest keys of a book with some, and which."""
-        return _nearest(self.keys, queries.to(self.keys))
+        return _nearest(self.keys, self._squares, queries.to(self.keys))
 
     def rewritten(self, states: Tensor, output: Tensor) -> Tensor:
         """The output, with values where a row's query is near a key."""
@@ -123,11 +131,11 @@ def replaced(replace: Replace, prompts: Prompts, tokens: int) -> Tensor:
     }[replace]
 
 
-def _nearest(keys: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances (n,) and numbers (n,) of the keys nearest to queries (n, d).
+def _nearest(keys: Tensor, squares: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances (n,) and numbers (n,) of the keys (m, d) nearest to queries (n, d).
 
     Found with one product; the distance to the one that is found is computed as it is defined.
     """
-    scores = keys.square().sum(1) - 2 * queries @ keys.mT
+    scores = torch.addmm(squares, queries, keys.mT, alpha=-2)
     j = scores.argmin(dim=1)
     return (queries - keys[j]).norm(dim=1), j
