@@ -46,10 +46,16 @@ def show(file: Path, everything: bool) -> None:
     if len(edit.requests) > limit:
         terminal.print(f"... and {len(edit.requests) - limit} more; --all lists them.")
     terminal.print()
-    weights = tables.plain("weight", "rank", "norm of the change")
-    for change in found.changes:
-        weights.add_row(Text(change.path), str(change.rank), f"{change.norm:.4g}")
-    terminal.print(weights)
+    if found.changes:
+        weights = tables.plain("weight", "rank", "norm of the change")
+        for change in found.changes:
+            weights.add_row(Text(change.path), str(change.rank), f"{change.norm:.4g}")
+        terminal.print(weights)
+    if found.memories:
+        memories = tables.plain("beside", "memory", "entries", "size")
+        for part in found.memories:
+            memories.add_row(Text(part.path), part.kind, str(part.entries), size_text(part.nbytes))
+        terminal.print(memories)
     if record.scores:
         terminal.print()
         terminal.print(tables.recorded(record.scores, everything=everything))

@@ -12,6 +12,7 @@ from errata.edits.diff import LAYER_HEADINGS, diff
 from errata.edits.edit import Edit
 from errata.edits.file import load_edit
 from errata.edits.lora import to_lora
+from errata.edits.memory import MemoryEdit
 from errata.edits.stack import Stack, weight_changes
 from errata.edits.weights import WeightEdit
 from errata.errors import ConfigError, ModelLoadError, StorageError
@@ -24,11 +25,22 @@ from errata.progress import Progress, silent
 
 
 @dataclass(frozen=True)
+class MemoryPart:
+    """What an edit holds beside the weights, at one place."""
+
+    path: str
+    kind: str
+    entries: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Description:
     """What is in an edit file."""
 
     edit: Edit
     changes: tuple[Change, ...]
+    memories: tuple[MemoryPart, ...]
     file_bytes: int
 
 
@@ -52,7 +64,12 @@ def describe(path: Path | str) -> Description:
         EditFileError: it is no edit file, or was cut short or altered.
     """
     edit = load_edit(path)
-    return Description(edit, changes_of(edit), Path(path).stat().st_size)
+    memories = tuple(
+        MemoryPart(part.path, part.kind, len(part.serves), part.nbytes)
+        for part in edit.parts
+        if isinstance(part, MemoryEdit)
+    )
+    return Description(edit, changes_of(edit), memories, Path(path).stat().st_size)
 
 
 def changes_of(edit: Edit, lm: LanguageModel | None = None) -> tuple[Change, ...]:

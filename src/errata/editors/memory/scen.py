@@ -215,11 +215,11 @@ class Scen(Editor):
             seen: (t - 1, d_in) the matrix' inputs at earlier prompts.
         """
         examples = [Example(request.text, request.target) for request in requests]
-        own = _inputs(lm, path, examples)
+        own = inputs_at_prompts(lm, path, examples)
         change, loss = self._trained(lm, path, examples)
         kept, missed = factors(change, self.config.rank)
         text = "\n".join(request.text for request in requests)
-        neuron = self._neuron(own, seen, zlib.crc32(text.encode()))
+        neuron = self.neuron(own, seen, zlib.crc32(text.encode()))
         return _Expert(
             kept.to(dtype=torch.float32),
             neuron,
@@ -251,7 +251,7 @@ class Scen(Editor):
                 loan.show_()
             return loan.moved()[path], float(loss.detach())
 
-    def _neuron(self, own: Tensor, seen: Tensor, number: int) -> Tensor:
+    def neuron(self, own: Tensor, seen: Tensor, number: int) -> Tensor:
         """Stage 2: an indexing neuron (d_in,) that answers to `own` and not to `seen`.
 
         Args:
@@ -316,7 +316,7 @@ class _Expert:
 
 
 @torch.no_grad()
-def _inputs(lm: LanguageModel, path: str, examples: Sequence[Example]) -> Tensor:
+def inputs_at_prompts(lm: LanguageModel, path: str, examples: Sequence[Example]) -> Tensor:
     """(n, d_in) what goes into a matrix at each prompt's last token, in float32 or wider."""
     found: list[Tensor] = []
 
