@@ -79,7 +79,6 @@ def test_one_layer_and_several_have_the_same_targets() -> None:
     ("name", "source", "own"),
     [
         ("categories", "emmet-batches", 0),
-        ("memit-scaling", "emmet-batches", 1 / 3),  # ROME's
         ("emmet-table2", "emmet-table1", 1 / 2),  # those of several layers
     ],
 )

@@ -44,6 +44,7 @@ _KINDS = {
     "token": "share of the answer's tokens that are the top prediction",
     "answer": "every token of the answer is the top prediction",
     "free": "what the model writes by itself begins with the answer",
+    "share": "how much of what was possible came about",
 }
 _NAMED = {
     "S": ("S", "harmonic mean of ES, PS and NS"),
@@ -58,8 +59,20 @@ _NAMED = {
     "KL neighbours": ("Drift on neighbours", "KL divergence of the next token, in nats"),
     "KL text": ("Drift on neutral text", "KL divergence of each next token, in nats"),
     "perplexity": ("Perplexity", "of neutral text"),
+    "EA": ("Edit accuracy (EA)", "the wanted answer is the likeliest, in all wordings"),
+    "EA.rewrite": ("Edit accuracy (rewrite)", "... in the edit's own words"),
+    "EA.paraphrases": ("Edit accuracy (paraphrases)", "... in other words"),
+    "DD": ("Drawdown (DD)", "accuracy lost on answers that must stay"),
+    "DD.perplexity": ("Drawdown (perplexity)", "perplexity gained of answers that must stay"),
+    "Reliability": ("Reliability", "what is written to the edit's prompt begins with the answer"),
+    "Generality": ("Generality", "what is written to its other wordings begins with the answer"),
+    "Locality": ("Locality", "what was answered rightly before is still written so"),
+    "Average": ("Average", "mean of reliability, generality and locality"),
+    "Reliability.forced": ("Reliability (forced)", "every token is likeliest after the true ones"),
+    "Generality.forced": ("Generality (forced)", "the same in other wordings"),
+    "Locality.forced": ("Locality (forced)", "the same of what was answered rightly before"),
 }
-_NOT_SHARES = ("GE", "KL neighbours", "KL text", "perplexity")
+_NOT_SHARES = ("GE", "KL neighbours", "KL text", "perplexity", "DD.perplexity")
 
 
 @dataclass(frozen=True)

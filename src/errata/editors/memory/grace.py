@@ -59,7 +59,7 @@ class GraceConfig(EditorConfig):
     updates: int = 100
     """At most so many updates of a value (n_iter)."""
     learning_rate: float = 1.0
-    """Of Adam."""
+    """Of Adam, for a value's entries (the authors' own)."""
     stop_below: float = 0.01
     """A value is done once its answer's loss, in nats a token, is below this; 0 for all updates."""
     seed: int = 0
