@@ -120,6 +120,14 @@ class Request:
         """What the variant means."""
         return VARIANTS[self.variant]
 
+    @property
+    def wish(self) -> str:
+        """What the model should say, in words: `Paris`, `not Paris` or `Paris, behind noise`."""
+        target = self.target.strip()
+        if self.problem.minimised:
+            return f"not {target}"
+        return f"{target}, behind noise" if self.problem.hidden else target
+
     def posed(self, variant: str, *, target: str | None = None) -> Self:
         """The same fact as another problem.
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from errata.errors import StorageError
+from errata.jobs.ask import facts_of
 from errata.jobs.record import Change, Fact, RunRecord, Said, ScoreLine
 from errata.jobs.report import counts, render, save_report, size_text
 from errata.measure.metrics import Estimate
+from errata.requests import Case, Probe, Request
 
 EVIL = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }}"
 
@@ -119,3 +122,14 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
 )
 def test_sizes_are_for_people(count: float, text: str) -> None:
     assert size_text(count) == text
+
+
+def test_what_should_not_come_any_more_is_right_where_it_does_not() -> None:
+    said = Said("prompt", "The capital of France is", "Paris", "Paris.", "Lyon.", unwanted=True)
+    assert said.right and not said.right_before and said.verdict == "corrected"
+    assert not replace(said, after="Paris, still").right
+    gone = Request("The capital of {} is", "France", "Paris", "Paris", "fact-erasure")
+    other = Probe("The capital of Italy is", "Rome")
+    (fact,) = facts_of([Case(gone, paraphrases=("France's capital:",), neighbours=(other,))])
+    assert fact.target == "not Paris" and [one.unwanted for one in fact.said] == [True, True, False]
+    assert gone.posed("fact-forcing").wish == "Paris, behind noise"

@@ -113,7 +113,7 @@ def edit(
         terminal.print()
         tables.show_scores(terminal, ("before", "after"), result.scores, everything=all_scores)
     for request in result.left_out:
-        line = f"left out: {request.text} [{request.target.strip()}]"
+        line = f"left out: {request.text} [{request.wish}]"
         terminal.print(Text(line, "yellow"))
     terminal.print()
     facts_done = tables.counted(len(result.edit.requests), "fact")

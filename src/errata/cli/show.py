@@ -39,7 +39,7 @@ def show(file: Path, everything: bool) -> None:
     for request in edit.requests[:limit]:
         facts.add_row(
             Text(request.text),
-            Text(request.target.strip(), "bold"),
+            Text(request.wish, "bold"),
             Text((request.true or "").strip()),
         )
     terminal.print(facts)

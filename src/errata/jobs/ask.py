@@ -71,9 +71,18 @@ def facts_of(cases: Sequence[Case], *, per_kind: int = 3) -> list[Fact]:
             Fact(
                 request.subject,
                 request.prompt,
-                request.target,
+                request.wish,
                 request.true,
-                tuple(Said(kind, prompt, wanted, before="") for kind, prompt, wanted in asked),
+                tuple(
+                    Said(
+                        kind,
+                        prompt,
+                        wanted,
+                        before="",
+                        unwanted=request.problem.minimised and kind in ("prompt", "paraphrase"),
+                    )
+                    for kind, prompt, wanted in asked
+                ),
             )
         )
     return facts

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from errata.edits.edit import as_json
 from errata.jobs.files import write_text
 from errata.measure.metrics import Estimate, reads
+from errata.requests import UNLESS_DEFAULT
 
 Kind = Literal["prompt", "paraphrase", "neighbour", "same subject"]
 
@@ -32,16 +33,19 @@ class Said:
     before: str
     after: str | None = None
     """None where nothing was edited."""
+    unwanted: bool = field(default=False, metadata=UNLESS_DEFAULT)
+    """Whether `wanted` is what should not come any more."""
 
     @property
     def right_before(self) -> bool:
         """Whether the unedited model said what is wanted."""
-        return reads(self.before, self.wanted)
+        return reads(self.before, self.wanted) != self.unwanted
 
     @property
     def right(self) -> bool:
         """Whether the model, as it is now, says what is wanted."""
-        return reads(self.before if self.after is None else self.after, self.wanted)
+        now = self.before if self.after is None else self.after
+        return reads(now, self.wanted) != self.unwanted
 
     @property
     def verdict(self) -> str:
