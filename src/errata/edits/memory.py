@@ -168,9 +168,11 @@ class MemoryEdit(Edit):
             WrongModelError: the module is missing, of another shape, or (without `force`) has
                 other weights than those that the edit was made for.
         """
+        held = lm.memories.get(self._key)
         try:
             lm.check_editable([self.path])
-            place = Place(lm, self.path, self.settings, self.shared)
+            # One that is there has what they share in memory already.
+            place = held.place if held else Place(lm, self.path, self.settings, self.shared)
             misfit = MEMORIES[self.kind].misfit(place, self.tensors)
         except AttributeError:
             misfit = "there is no such module"
@@ -181,7 +183,6 @@ class MemoryEdit(Edit):
         for name, tensor in self.tensors.items():
             if not is_finite(tensor):
                 raise NotFiniteError(f"{self} holds NaN or infinity in its {name}; make it anew.")
-        held = lm.memories.get(self._key)
         if held is None or held.base != self.base:  # else they were compared when that one came
             refuse_other_weights(self, self.base, lm, force=force)
 

@@ -163,6 +163,8 @@ def test_the_second_model_is_held_once(
         read = [load_edit(tmp_path / f"{name}.safetensors") for name in files]
         with Stack(read).applied(lm):
             assert torch.equal(logits(lm, prompts), wanted)
+        parts = [part for edit in read for part in edit.parts]
+        assert [part.shared._contents is not None for part in parts] == [True, False, False]  # type: ignore[attr-defined]
 
 
 def test_a_shared_file_that_is_missing_or_altered_is_refused(
