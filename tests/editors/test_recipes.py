@@ -78,7 +78,7 @@ def test_every_file_fits_its_config(path: Path) -> None:
     assert path.stem in recipes(path.parent.name)
     values = next(v for file, _, v in reader._all(path.parent.name) if file == path.name)
     config = EDITORS[path.parent.name].config.from_dict(values)
-    assert config.to_dict()["layers"] == tuple(values["layers"])
+    assert config.to_dict()["layers"] == tuple(values.get("layers", ()))
     for name, value in values.get("target", {}).items():
         assert config.to_dict()["target"][name] == value
 
