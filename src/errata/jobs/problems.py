@@ -9,6 +9,7 @@ problem and method, so that a study that was cut short goes on.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from errata.lm.load import LanguageModel
 from errata.locate.traces import Skipped
 from errata.progress import Progress, silent
 from errata.requests import VARIANTS, Case, Request
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def problems(
 
     Raises:
         ConfigError: a method or setting is unknown, or a method does not honour a variant.
-        RequestError: a variant is unknown, or fewer than two facts can be posed.
+        RequestError: a variant is unknown, or fewer than two facts can be posed as any of them.
         DatasetError: there are too few facts, or a part cannot be read.
         StorageError: a part cannot be written.
     """
@@ -159,10 +162,12 @@ def problems(
                 parts.setdefault((variant, method), []).append(Part.read(path, about))
                 done += 1
     progress("problems and methods", done, total)
-    studies = tuple(
-        _together(lm, variant, method, chosen, some) for (variant, method), some in parts.items()
-    )
-    return Problems(lm.name, tuple(seeds), studies)
+    found = [_together(lm, *names, chosen, some) for names, some in parts.items()]
+    if not any(found):
+        raise RequestError(
+            f"{lm.name} knows too few of the facts to compare them. Give more that it knows."
+        )
+    return Problems(lm.name, tuple(seeds), tuple(study for study in found if study))
 
 
 class _Traced:
@@ -187,13 +192,14 @@ class _Traced:
 
 def _together(
     lm: LanguageModel, variant: str, method: str, layers: Sequence[int], parts: Sequence[Part]
-) -> Versus:
+) -> Versus | None:
+    """The study of all seeds' facts; None where too few could be posed as this problem."""
     facts = [fact for part in parts for fact in part.facts]
     if len(facts) < 2:
-        raise RequestError(
-            f"{len(facts)} of the facts can be posed to {lm.name} as {variant}; that is too few to "
-            "compare. Give more facts that it knows."
+        logger.warning(
+            "%s by %s is left out: %d of the facts can be posed so.", variant, method, len(facts)
         )
+        return None
     return Versus.of(
         model=lm.name,
         method=method,
