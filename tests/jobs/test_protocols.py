@@ -105,7 +105,8 @@ def test_an_edited_model_is_compared_with_the_unedited_one(
     if how:
         assert {f"immediate.{name}" for name in names} <= found.metrics.keys()
         assert (
-            "Locality" in found.points[-1]["metrics"] and "retention" in found.points[-1]["metrics"]
+            "Reliability" in found.points[-1]["metrics"]
+            and "retention" in found.points[-1]["metrics"]
         )
 
 
