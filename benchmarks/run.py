@@ -129,6 +129,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     words += ["--requests", *map(str, options.requests), "--device", options.device]
     words += ["--dtype", options.dtype, "--serial-seconds", f"{options.serial_seconds:g}"]
     words += ["--cases", str(options.cases), "--moment-tokens", str(options.moment_tokens)]
+    words += ["--rounds", str(options.rounds)]
     return {
         "device": cuda or f"{platform.machine()} CPU",
         "threads": options.threads,

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from errata.editors.background import Background
 from errata.editors.hypernet.gradients import decompose
 from errata.editors.hypernet.ke import FittedKe, Ke, KeConfig, KeLearner, begun, conditions
-from errata.editors.hypernet.learnt import mlp_paths, root_mean_square
+from errata.editors.hypernet.learnt import mlp_paths, usual_change
 from errata.editors.hypernet.objective import example
 from errata.editors.trainable import Fit
 from errata.errors import ConfigError
@@ -24,7 +24,7 @@ from tests.conftest import TEMPLATES
 from tests.editors.hypernet.capitals import capital_cases, divided
 from tests.lm.families import tiny_lm
 
-SMALL = {"hidden": 16, "condition": 32, "inner": 16, "learning_rate": 0.01}
+SMALL = {"hidden": 16, "condition": 32, "inner": 16, "learning_rate": 0.01, "scale": 0.1 * 32**0.5}
 
 
 def config(**settings: object) -> KeConfig:
@@ -55,14 +55,16 @@ def test_it_reads_what_is_said_what_shall_be_said_and_the_prompt(lm: LanguageMod
 
 
 def test_unfitted_it_takes_one_step_down_the_gradient(lm: LanguageModel) -> None:
-    """A typical gradient moves a weight by half of `scale` times its root mean square."""
+    """A typical gradient makes half of `scale` times a change that is as large as the weight."""
     paths, cases = mlp_paths(lm, [1, 2]), capital_cases()[:1]
     fitted = FittedKe(config(), Fit.of(lm, paths), begun(lm, paths, cases, config()))
     edit = fitted.edit(lm, [cases[0].request])
     gradients = decompose(lm, [example(cases[0].request)], paths)
     for path in paths:
         gradient = gradients[path].low_rank().dense()
-        wide = 0.05 * root_mean_square(lm, path)  # one case, so its gradient is the typical one
+        wide = (
+            0.05 * 32**0.5 * usual_change(lm, path)
+        )  # one case, so its gradient is the typical one
         assert_close(edit.changes[path].dense(), -wide * gradient / gradient.square().mean().sqrt())
 
 

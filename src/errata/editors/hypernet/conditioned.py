@@ -40,9 +40,10 @@ class ConditionedConfig(Config):
     inner: int = 128
     """Width of what a weight has of its own (the original code's)."""
     units: Literal["relative", "absolute"] = "relative"
-    """Whether a mask of 1 everywhere moves a weight, for a typical gradient, by `scale` times its
-    root mean square, and an offset of 1 too; or both are `scale` as in the original code."""
-    scale: float = 0.1
+    """Whether a mask of 1 everywhere makes of a typical gradient a change as large as `scale` times
+    what singular values the weight usually has, and an offset of 1 too; or both are `scale`, as in
+    the original code."""
+    scale: float = 0.4
     """How far a change can go. The original code: 1, absolute."""
     initial: Literal["descent", "random"] = "descent"
     """How the last projection begins: as one step of gradient descent whatever the words, or at

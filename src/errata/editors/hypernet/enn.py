@@ -48,6 +48,7 @@ from errata.editors.hypernet.learnt import (
     last_blocks,
     root_mean_square,
     shapes,
+    usual_change,
 )
 from errata.editors.hypernet.objective import (
     Questions,
@@ -73,11 +74,11 @@ class EditableConfig(Config):
     inner: int = 1
     """How many steps of gradient descent an edit takes."""
     units: Literal["relative", "absolute"] = "relative"
-    """Whether `step` is how far the first step moves a weight for a typical gradient, and
-    `learning_rate` how far Adam moves it, in the weight's root mean square; or both are as they
-    are (MEND's code)."""
-    step: float = 0.1
-    """How far the first step goes. MEND's code: 1e-2, absolute."""
+    """Whether `step` is how large the first step is for a typical gradient, in singular values that
+    the weight usually has, and `learning_rate` how far Adam moves a weight's entry, in their root
+    mean square; or both are as they are (MEND's code)."""
+    step: float = 0.2
+    """How large the first step is. MEND's code: 1e-2, absolute."""
     learning_rate: float = 0.001
     """Of the weights. MEND's code: 1e-5, absolute."""
     step_learning_rate: float = 0.03
@@ -132,7 +133,7 @@ class Editable(nn.Module):
             usual = typical(lm, examples, self.paths)
             self.scales = [root_mean_square(lm, path) for path in self.paths]
             for number, path in enumerate(self.paths):
-                unit = self.scales[number] / usual[path] if usual[path] else 0.0
+                unit = usual_change(lm, path) / usual[path] if usual[path] else 0.0
                 self.units[number] = self.config.step * unit
         else:
             self.units.fill_(self.config.step)

@@ -27,8 +27,8 @@ from errata.editors.hypernet.learnt import (
     LearntConfig,
     LearntEditor,
     fit_learner,
-    root_mean_square,
     shapes,
+    usual_change,
 )
 from errata.editors.hypernet.objective import Questions, example, outer_loss
 from errata.editors.hypernet.training import Learner
@@ -191,8 +191,8 @@ def begun(
 ) -> Conditioned:
     """A network that has learnt nothing yet, with its units of measure.
 
-    A mask m * softmax(a) c^T with a = 0 and c = 1 is `scale` times the weight's root mean square
-    over that of a typical gradient, an offset `scale` times the former.
+    With m * softmax(a) c^T for a = 0 and c = 1 a typical gradient is as large a change as `scale`
+    times what singular values the weight usually has; o * softmax(b) d^T too.
     """
     sizes = shapes(lm, paths)
     width = int(words(lm, [cases[0].request])[0].shape[-1])
@@ -203,7 +203,7 @@ def begun(
         usual = typical(lm, [example(case.request) for case in cases], paths)
         units = []
         for path, (d_out, _) in sizes.items():
-            offset = scale * root_mean_square(lm, path) * d_out
+            offset = scale * usual_change(lm, path) * d_out
             units.append((offset / usual[path] if usual[path] else 0.0, offset))
     network.measure_in_(units)
     return network.to(lm.device)

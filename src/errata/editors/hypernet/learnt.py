@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -102,6 +103,15 @@ def shapes(lm: LanguageModel, paths: Sequence[str]) -> dict[str, tuple[int, int]
 def root_mean_square(lm: LanguageModel, path: str) -> float:
     """Of a matrix' entries: what relative numbers are measured in."""
     return float(weight_out_in(lm.module(path)).double().square().mean().sqrt())
+
+
+def usual_change(lm: LanguageModel, path: str) -> float:
+    """The root mean square entry of a change of rank one that is as large as its matrix is usually.
+
+    That is, whose singular value is the root mean square of the matrix' own: a change of rank one
+    with entries like the matrix' would be larger by the root of its smaller side.
+    """
+    return root_mean_square(lm, path) / math.sqrt(min(weight_out_in(lm.module(path)).shape))
 
 
 def fit_learner(
