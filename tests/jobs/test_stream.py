@@ -201,6 +201,37 @@ def test_killed_again_and_again_it_still_gets_there(
 
 
 @pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("grace", {"layers": [2], "updates": 10}),
+        ("scen", {"layers": [2], "learning_rate": 0.2, "neuron_learning_rate": 0.3}),
+    ],
+)
+def test_a_stream_of_edits_beside_the_weights_is_taken_up_too(
+    tmp_path: Path,
+    trained_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
+) -> None:
+    """Edits read from their files are merged as those that were just made."""
+    one = asked(tmp_path, trained_folder, method=method, settings=settings, count=3, batch=1)
+    whole = perform(one, folder=tmp_path / "whole")
+    assert means(whole)["immediate.ES"] > 0.5
+
+    def write(path: Path, text: str) -> Path:
+        write_text(path, text)
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(module, "write_text", write)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                perform(one, folder=tmp_path / "stream")
+    assert same(perform(one, folder=tmp_path / "stream"), whole)
+
+
+@pytest.mark.parametrize(
     ("spoil", "error", "told"),
     [
         (lambda folder: (folder / "edit-00000.safetensors").unlink(), EditFileError, "cannot read"),
