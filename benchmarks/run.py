@@ -225,6 +225,9 @@ takes, both measured in the same run on the same machine.
 - *difference*: the largest relative difference between the two results (of rows, by their norms).
   The optimisation of a few targets amplifies rounding: where it is more than 1e-4 there,
   `--dtype float64` brings the two within 1e-7 of each other.
+- In `memory-grace` and `memory-scen` "serial" is the model without a memory and "ours" the same
+  with one that holds so many edits, so that the ratio is the share of speed that is left; the
+  texts, whose prompts are of one length, are equal.
 - *MB*: peak memory beyond what was held before: resident memory on a CPU, allocated on a GPU.
 - *over floor*: our time over the time that our multiplications take as plain matrix products at
   the rate measured on this machine just then, counted from shapes without padding and without
