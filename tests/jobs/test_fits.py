@@ -147,11 +147,12 @@ def test_one_fit_serves_all_units_and_every_study(
     assert plan(experiment).fits == 0
     again = mine(tmp_path, trained_folder, 'metrics = ["teacher-forced"]', name="other")
     assert plan(Experiment.load(again)).fits == 0
-    assert run(Experiment.load(again)).done == 2 and fits == [3]
-    assert run(experiment).skipped == 2
+    fits.clear()  # a plan begins some, to measure a step
+    assert run(Experiment.load(again)).done == 2 and run(experiment).skipped == 2
+    assert not fits
     # Other cases to learn from are another fit, and other results.
     run(Experiment.load(mine(tmp_path, trained_folder, fit="count = 5", name="more")))
-    assert fits == [3, 4] and len({row.key for row in (*rows(), *rows("more"))}) == 4
+    assert fits == [4] and len({row.key for row in (*rows(), *rows("more"))}) == 4
 
 
 def test_a_record_tells_of_the_fit(tmp_path: Path, trained_folder: Path) -> None:
@@ -193,7 +194,7 @@ def child(file: Path, *more: object) -> subprocess.Popen[bytes]:
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no kill -9")
 def test_a_fit_that_was_killed_goes_on_and_gives_the_same_file(
-    tmp_path: Path, trained_folder: Path
+    tmp_path: Path, trained_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = mine(tmp_path, trained_folder)
     assert child(file, 3).wait() == -signal.SIGKILL
@@ -203,8 +204,8 @@ def test_a_fit_that_was_killed_goes_on_and_gives_the_same_file(
     (killed,) = Path("results/fits").glob("*.safetensors")
     (about,) = Path("results/fits").glob("*.json")
     assert json.loads(about.read_text(encoding="utf-8"))["resumed"] and not checkpoint.exists()
-    experiment = Experiment.load(file)
-    run(experiment, folder=tmp_path / "whole")
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "another"))  # where nothing is known
+    run(Experiment.load(file), folder=tmp_path / "whole")
     (whole,) = (tmp_path / "whole" / "fits").glob("*.safetensors")
     assert whole.name == killed.name
     lm = LanguageModel.load(trained_folder)
