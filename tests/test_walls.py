@@ -29,12 +29,12 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import, besides itsel
     "studio": {"errors", "progress", "jobs", "errata"},
 }
 
-METHODS = ("closed_form", "hypernet", "memory", "tuning")
-"""Folders of `editors` in which the named files are methods."""
+FAMILIES = {"closed_form", "hypernet", "memory", "tuning"}
+"""Folders of `editors`: what two of them share stands beside them."""
 
 METHOD_NAMES = {
     *("rome", "memit", "emmet", "mend", "salem", "ke", "enn", "serac", "grace", "scen"),
-    "t_patcher",
+    *("t_patcher", "finetune", "neurons"),
 }
 
 MODEL_WORDS = ("transformer.h", "model.layers", "gpt_neox.layers", "model.decoder", "c_proj")
@@ -97,6 +97,16 @@ def test_no_method_imports_another(path: Path) -> None:
     if name[:1] != ("editors",) or name[-1] not in METHOD_NAMES:
         return
     others = METHOD_NAMES - {name[-1]}
+    for module in imports(path):
+        assert not (module.startswith("errata.editors") and others & set(module.split(".")))
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_no_family_of_methods_imports_another(path: Path) -> None:
+    name = name_of(path)
+    if name[:1] != ("editors",) or not FAMILIES & set(name):
+        return
+    others = FAMILIES - set(name)
     for module in imports(path):
         assert not (module.startswith("errata.editors") and others & set(module.split(".")))
 

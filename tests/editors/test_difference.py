@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from errata.algebra.low_rank import LowRank
-from errata.editors.tuning.difference import borrowed, factors
+from errata.editors.difference import borrowed, factors
 from errata.lm.load import LanguageModel
 from errata.lm.tokens import encode, pad
 from errata.lm.weights import weight_out_in

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from errata.editors.config import Config
-from errata.editors.hypernet.training import Learner, TrainingConfig, train
 from errata.editors.trainable import TrainingCases
+from errata.editors.training import Learner, TrainingConfig, train
 from errata.errors import ConfigError, ModelLoadError
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, losses

@@ -21,8 +21,8 @@ from errata.editors.hypernet.enn import (
     FittedEnn,
 )
 from errata.editors.hypernet.learnt import mlp_paths, shapes, usual_change
-from errata.editors.hypernet.objective import example
 from errata.editors.trainable import Fit
+from errata.editors.wordings import example
 from errata.errors import ConfigError
 from errata.jobs.fit import judged
 from errata.lm.load import LanguageModel

@@ -13,8 +13,8 @@ from errata.editors.background import Background
 from errata.editors.hypernet.gradients import decompose
 from errata.editors.hypernet.ke import FittedKe, Ke, KeConfig, KeLearner, begun, conditions
 from errata.editors.hypernet.learnt import mlp_paths, usual_change
-from errata.editors.hypernet.objective import example
 from errata.editors.trainable import Fit
+from errata.editors.wordings import example
 from errata.errors import ConfigError
 from errata.jobs.fit import judged
 from errata.lm.load import LanguageModel

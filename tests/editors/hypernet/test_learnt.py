@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from errata.editors import EDITORS, Background
 from errata.editors.fitted import load_editor
 from errata.editors.hypernet.learnt import LearntEditor
-from errata.editors.hypernet.training import CHECKPOINT
 from errata.editors.trainable import Trainable, TrainingCases
+from errata.editors.training import CHECKPOINT
 from errata.edits.file import load_edit
 from errata.edits.weights import WeightEdit
 from errata.errors import FitError, RequestError, TokenizationError, WrongModelError

@@ -16,10 +16,10 @@ from errata.editors.background import Background
 from errata.editors.fitted import load_editor
 from errata.editors.hypernet.gradients import decompose
 from errata.editors.hypernet.mend import FittedMend, Mend, MendConfig
-from errata.editors.hypernet.objective import example
-from errata.editors.hypernet.training import CHECKPOINT
 from errata.editors.hypernet.transform import TransformConfig, Update
 from errata.editors.trainable import Fit, TrainingCases
+from errata.editors.training import CHECKPOINT
+from errata.editors.wordings import example
 from errata.edits.weights import WeightEdit
 from errata.errors import ConfigError, EditFileError, FitError, RequestError, WrongModelError
 from errata.jobs.fit import judged

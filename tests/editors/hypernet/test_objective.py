@@ -9,13 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from errata.editors.hypernet.gradients import Factors
-from errata.editors.hypernet.objective import (
-    ObjectiveConfig,
-    Questions,
-    neighbours,
-    outer_loss,
-    wordings,
-)
+from errata.editors.hypernet.objective import ObjectiveConfig, Questions, outer_loss
+from errata.editors.wordings import neighbours, wordings
 from errata.errors import ConfigError
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, answer_logits

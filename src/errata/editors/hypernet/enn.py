@@ -50,14 +50,10 @@ from errata.editors.hypernet.learnt import (
     shapes,
     usual_change,
 )
-from errata.editors.hypernet.objective import (
-    Questions,
-    divergence,
-    example,
-    outer_loss,
-)
-from errata.editors.hypernet.training import Learner
+from errata.editors.hypernet.objective import Questions, divergence, outer_loss
 from errata.editors.trainable import Fit, Trainable, TrainingCases, frozen_copy
+from errata.editors.training import Learner
+from errata.editors.wordings import example
 from errata.lm.forward import frozen
 from errata.lm.hooks import replaced_forward
 from errata.lm.load import LanguageModel

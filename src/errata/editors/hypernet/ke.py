@@ -30,9 +30,10 @@ from errata.editors.hypernet.learnt import (
     shapes,
     usual_change,
 )
-from errata.editors.hypernet.objective import Questions, example, outer_loss
-from errata.editors.hypernet.training import Learner
+from errata.editors.hypernet.objective import Questions, outer_loss
 from errata.editors.trainable import Fit, Trainable, TrainingCases, frozen_copy
+from errata.editors.training import Learner
+from errata.editors.wordings import example
 from errata.lm.load import LanguageModel
 from errata.lm.loss import predictions
 from errata.lm.tokens import encode, pad

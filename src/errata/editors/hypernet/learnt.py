@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from errata.algebra.low_rank import LowRank
 from errata.editors.config import EditorConfig
-from errata.editors.hypernet.objective import ObjectiveConfig, neighbours, wordings
-from errata.editors.hypernet.training import Learner, TrainingConfig, train
+from errata.editors.hypernet.objective import ObjectiveConfig
 from errata.editors.trainable import Fit, Fitted, TrainingCases
+from errata.editors.training import Learner, TrainingConfig, train
+from errata.editors.wordings import neighbours, wordings
 from errata.edits.edit import Record
 from errata.edits.weights import WeightEdit
 from errata.errors import FitError

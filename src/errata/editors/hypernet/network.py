@@ -14,10 +14,11 @@ from torch import Tensor
 from errata.algebra.low_rank import LowRank
 from errata.editors.hypernet.gradients import decompose, stacked
 from errata.editors.hypernet.learnt import LearntConfig, LearntEditor, fit_learner
-from errata.editors.hypernet.objective import ObjectiveConfig, Questions, example, outer_loss
-from errata.editors.hypernet.training import Learner
+from errata.editors.hypernet.objective import ObjectiveConfig, Questions, outer_loss
 from errata.editors.hypernet.transform import TransformConfig, Update
 from errata.editors.trainable import Fit, TrainingCases, frozen_copy
+from errata.editors.training import Learner
+from errata.editors.wordings import example
 from errata.lm.load import LanguageModel
 from errata.progress import Progress
 from errata.requests import Case, Request

@@ -23,10 +23,11 @@ from torch.nn import functional
 from errata.editors.config import Config
 from errata.editors.hypernet.applied import low_rank_applied
 from errata.editors.hypernet.gradients import Factors
+from errata.editors.wordings import drawn, example, neighbours, wordings
 from errata.lm.forward import frozen
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Answers, Example, answer_logits
-from errata.requests import Case, Request
+from errata.requests import Case
 
 
 @dataclass(frozen=True)
@@ -77,27 +78,6 @@ class Questions:
                 made.kept.extend(some)
                 made.kept_of.extend([number] * len(some))
         return made
-
-
-def example(request: Request) -> Example:
-    """What a model is asked and should answer."""
-    return Example(request.text, request.target)
-
-
-def wordings(case: Case) -> list[Example]:
-    """All prompts after which a case's answer should come."""
-    prompts = [case.request.text, *case.paraphrases]
-    return [Example(prompt, case.request.target) for prompt in prompts]
-
-
-def neighbours(case: Case) -> list[Example]:
-    """All answers that a case should leave as they are."""
-    return [Example(probe.prompt, probe.answer) for probe in case.neighbours]
-
-
-def drawn(some: Sequence[Example], count: int, draw: random.Random) -> list[Example]:
-    """`count` different ones, or all there are."""
-    return draw.sample(some, min(count, len(some)))
 
 
 def outer_loss(

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from errata.editors.hypernet.network import NetworkConfig, NetworkEditor, fit_network
-from errata.editors.hypernet.objective import wordings
 from errata.editors.trainable import Fit, Trainable, TrainingCases
+from errata.editors.wordings import wordings
 from errata.errors import ConfigError
 from errata.lm.load import LanguageModel
 from errata.locate.saliency import Saliency, saliency

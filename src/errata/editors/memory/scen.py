@@ -35,8 +35,8 @@ from torch import Tensor
 
 from errata.algebra.low_rank import LowRank
 from errata.editors.config import EditorConfig
+from errata.editors.difference import borrowed, factors
 from errata.editors.editor import Editor
-from errata.editors.tuning.difference import borrowed, factors
 from errata.edits.edit import Record
 from errata.edits.memories.experts import Experts
 from errata.edits.memories.memory import Place

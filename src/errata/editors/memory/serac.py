@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from errata.editors.config import EditorConfig
-from errata.editors.hypernet.objective import drawn, wordings
-from errata.editors.hypernet.training import Learner, TrainingConfig, train
 from errata.editors.trainable import Fit, Fitted, Trainable, TrainingCases
+from errata.editors.training import Learner, TrainingConfig, train
+from errata.editors.wordings import drawn, wordings
 from errata.edits.archive import Contents
 from errata.edits.edit import Record
 from errata.edits.memories.counterfactual import (

@@ -32,9 +32,9 @@ from transformers import PreTrainedModel
 
 from errata.editors.background import Background
 from errata.editors.config import EditorConfig
+from errata.editors.difference import Borrowed, borrowed, factors
 from errata.editors.editor import Editor
 from errata.editors.tuning.asked import Asked, Scored, asked_losses, asked_of
-from errata.editors.tuning.difference import Borrowed, borrowed, factors
 from errata.editors.tuning.locality import LocalityConfig, Pool, divergences
 from errata.edits.edit import Record
 from errata.edits.weights import WeightEdit

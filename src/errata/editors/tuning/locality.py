@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div
 
 from errata.editors.background import Background
 from errata.editors.config import Config
-from errata.editors.tuning.difference import Borrowed
+from errata.editors.difference import Borrowed
 from errata.errors import ConfigError
 from errata.lm.distributions import distributions
 from errata.lm.load import LanguageModel

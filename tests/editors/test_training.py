@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from errata.editors.hypernet.training import (
+from errata.editors.trainable import TrainingCases
+from errata.editors.training import (
     CHECKPOINT,
     Learner,
     TrainingConfig,
     batch_at,
     train,
 )
-from errata.editors.trainable import TrainingCases
 from errata.errors import ConfigError, EditFileError, FitError, NotFiniteError
 from errata.requests import Case, Request
 
