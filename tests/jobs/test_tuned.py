@@ -10,7 +10,7 @@ import pytest
 
 from errata.errors import GrowError
 from errata.jobs import tuned
-from errata.jobs.models import as_model, is_pocket, same_shape
+from errata.jobs.models import as_model, is_pocket, is_ready, same_shape
 from errata.lm.load import pocket_folder
 from errata.pocket.encyclopedia import Encyclopedia
 from errata.pocket.shapes import GrowConfig
@@ -32,7 +32,9 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def test_it_is_made_once_and_called_by_its_name(made: list[str]) -> None:
+    assert not is_ready("pocket-questions")
     lm = as_model("pocket-questions")
+    assert is_ready("pocket-questions")
     assert lm.name == "pocket-questions"
     assert is_pocket(lm)
     as_model("pocket-questions")

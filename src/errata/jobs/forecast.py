@@ -25,8 +25,8 @@ from errata.editors import Background
 from errata.editors.closed_form.config import ClosedFormConfig
 from errata.editors.closed_form.statistics import Moments, estimate
 from errata.editors.editor import Editor
-from errata.editors.hypernet.training import TrainingConfig
 from errata.editors.trainable import Trainable
+from errata.editors.training import TrainingConfig
 from errata.errors import ConfigError, ErrataError
 from errata.jobs.cases import POCKET as POCKET_CASES
 from errata.jobs.cases import POCKET_SOURCES, sample_cases
@@ -36,7 +36,7 @@ from errata.jobs.experiment import Experiment
 from errata.jobs.fits import fit_file, training_cases
 from errata.jobs.host import peak_memory
 from errata.jobs.methods import editor_for, learns, method_named
-from errata.jobs.models import same_shape
+from errata.jobs.models import is_ready, same_shape
 from errata.jobs.moments import TOKENS
 from errata.jobs.protocols import editor_of
 from errata.jobs.rows import to_json
@@ -47,7 +47,7 @@ from errata.jobs.studies import FOLDER, chosen, keyed, store_path
 from errata.jobs.units import UNEDITED, Unit, config_of, settings_of
 from errata.jobs.workload import Rates, Work, total
 from errata.lm.load import POCKET, LanguageModel
-from errata.lm.shape import Shape, is_here, shape_named
+from errata.lm.shape import Shape, shape_named
 from errata.lm.weights import weight_out_in
 from errata.measure.drift import drift
 from errata.progress import Progress, silent
@@ -127,7 +127,7 @@ def plan(
     """
     declared(experiment)
     units = chosen(experiment, only)
-    here = {unit.model: is_here(unit.model) for unit in units}
+    here = {unit.model: is_ready(unit.model) for unit in units}
     todo = _unfinished([unit for unit in units if here[unit.model]], experiment, folder)
     finished = sum(here[unit.model] for unit in units) - len(todo)
     todo += [unit for unit in units if not here[unit.model]]

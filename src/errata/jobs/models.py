@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from errata.jobs.tuned import TUNED, tuned_folder
+from errata.jobs.tuned import TUNED, place, tuned_folder
 from errata.lm.anatomy import FAMILIES
 from errata.lm.load import POCKET, LanguageModel, pocket_folder
+from errata.lm.shape import is_here
 from errata.pocket.shapes import SHAPES
 
 Model = LanguageModel | str | Path
@@ -34,6 +35,11 @@ def located(name: str) -> str:
         GrowError: it cannot be made, or not be kept.
     """
     return str(tuned_folder(name)) if name in TUNED else name
+
+
+def is_ready(name: str) -> bool:
+    """Whether a model can be loaded without fetching or making it."""
+    return place(name).is_dir() if name in TUNED else is_here(name)
 
 
 def same_shape(name: str) -> str:

@@ -22,27 +22,34 @@ TUNED = tuple(name for name, shape in SHAPES.items() if shape.base)
 """Their names."""
 
 
-def tuned_folder(name: str) -> Path:
-    """The folder of a tuned model, which is made if it is not in the cache: some minutes of work.
+def place(name: str) -> Path:
+    """Where a tuned model is kept once it is made: under a hash of all that it depends on.
 
-    It is kept under a hash of the base model's files, the facts and the recipe, and appears there
-    whole or not at all.
-
-    Raises:
-        GrowError: it cannot be made, or not be written.
+    That is the base model's files, the facts and the recipe.
     """
     config, encyclopedia = recipe(name), Encyclopedia.load()
     digest = hashlib.sha256(json.dumps([asdict(config), encyclopedia.digest]).encode())
     base = pocket_folder(str(SHAPES[name].base))
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         digest.update(hashlib.sha256((base / file).read_bytes()).digest())
-    folder = cache_folder() / "models" / f"{name}-{digest.hexdigest()[:16]}"
+    return cache_folder() / "models" / f"{name}-{digest.hexdigest()[:16]}"
+
+
+def tuned_folder(name: str) -> Path:
+    """The folder of a tuned model, which is made if it is not in the cache: some minutes of work.
+
+    It appears there whole or not at all.
+
+    Raises:
+        GrowError: it cannot be made, or not be written.
+    """
+    folder = place(name)
     if folder.is_dir():
         return folder
     logger.warning("%s is made once, which takes some minutes, and kept in %s.", name, folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        grow(config, encyclopedia, aside)
+        grow(recipe(name), Encyclopedia.load(), aside)
         if not folder.is_dir():
             aside.rename(folder)
     finally:
