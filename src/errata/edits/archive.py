@@ -70,17 +70,18 @@ def write(path: Path | str, contents: Contents) -> None:
 def read(path: Path | str) -> Contents:
     """Read an edit file and verify every byte of it.
 
+    Tensors stay in the file, mapped, until they are looked at: memories of many edits may be larger
+    than the machine's own memory, of which a prompt needs one or two.
+
     Raises:
         EditFileError: there is no such file, it is no edit file or one of another format, or it
             was cut short or altered.
     """
     try:
-        data = Path(path).read_bytes()
+        header = _header(Path(path))
+        tensors = safetensors.torch.load_file(path)
     except OSError as error:
         raise EditFileError(f"cannot read the edit file {path}: {error.strerror}.") from error
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError) as error:
         raise EditFileError(
             f"{path} is not a whole safetensors file: it was cut short or altered, or is "
@@ -101,6 +102,22 @@ def read(path: Path | str) -> Contents:
             "Get it again, or make the edit anew."
         )
     return Contents(metadata.get("kind", ""), json.loads(metadata["fields"]), tensors)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of itself.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return header
 
 
 def digest(contents: Contents) -> str:

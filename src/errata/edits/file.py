@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from errata.edits.archive import Contents, read
 from errata.edits.edit import Edit, Record
@@ -42,13 +45,14 @@ def _edit(contents: Contents) -> Edit:
 
 
 def _stack(contents: Contents) -> Stack:
-    edits = []
-    for k, part in enumerate(contents.fields["parts"]):
-        mine = f"{k}:"
-        tensors = {
-            n.removeprefix(mine): t for n, t in contents.tensors.items() if n.startswith(mine)
-        }
-        edits.append(_edit(Contents(part["kind"], part["fields"], tensors)))
+    tensors: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in contents.tensors.items():
+        number, _, own_name = name.partition(":")
+        tensors[number][own_name] = tensor
+    edits = [
+        _edit(Contents(part["kind"], part["fields"], tensors[str(k)]))
+        for k, part in enumerate(contents.fields["parts"])
+    ]
     return Stack(edits, Record.from_dict(contents.fields["record"]))
 
 

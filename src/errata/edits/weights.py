@@ -148,7 +148,7 @@ class WeightEdit(Edit):
         fields, tensors = contents.fields, contents.tensors
         return cls(
             {
-                path: LowRank(tensors[f"{path}.left"], tensors[f"{path}.right"])
+                path: LowRank(tensors[f"{path}.left"].clone(), tensors[f"{path}.right"].clone())
                 for path in fields["base"]
             },
             fields["base"],

@@ -156,6 +156,29 @@ def test_a_file_gives_the_same_model_to_the_bit(tiny_lm: LanguageModel, tmp_path
             assert torch.equal(says(tiny_lm, TEXTS), wanted)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files")
+def test_a_file_is_read_when_its_entries_are_asked(
+    tiny_gpt2: LanguageModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "e.safetensors"
+    stack = Stack(edits(tiny_gpt2))
+    stack.save(path)
+    again = load_edit(path)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in lines if line.endswith(str(path))]
+    for part in again.parts:
+        assert isinstance(part, MemoryEdit)
+        for tensor in part.tensors.values():
+            at = tensor.data_ptr()
+            assert any(int(start, 16) <= at < int(end, 16) for start, end in spans)
+    edits(tiny_gpt2)[0].save(path)  # another file in its place, or none
+    path.unlink()
+    with stack.applied(tiny_gpt2):
+        wanted = says(tiny_gpt2, TEXTS)
+    with again.applied(tiny_gpt2):
+        assert torch.equal(says(tiny_gpt2, TEXTS), wanted)
+
+
 @pytest.mark.parametrize("cut", [10, 300, -4, -1])
 def test_a_file_cut_short_or_altered_is_refused(
     tiny_gpt2: LanguageModel, tmp_path: Path, cut: int
