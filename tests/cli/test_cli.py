@@ -141,6 +141,13 @@ def test_show(edit_files: tuple[Path, Path]) -> None:
     assert '"method": "memit"' in said("show", edit_files[0], "--all")
 
 
+def test_show_draws_only_where_there_are_experts(
+    edit_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert "no experts" in refused("show", edit_files[0], "--routes", tmp_path / "r.svg")
+    assert not (tmp_path / "r.svg").exists()
+
+
 def test_show_refuses_what_is_no_edit(facts: Path) -> None:
     assert "safetensors" in refused("show", facts)
 

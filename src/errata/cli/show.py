@@ -13,12 +13,18 @@ from errata.cli import console, options
 @click.command(short_help="What is in this edit file?")
 @click.argument("file", type=options.EXISTING_FILE)
 @click.option("--all", "everything", is_flag=True, help="List every fact, and the whole record.")
-def show(file: Path, everything: bool) -> None:
+@click.option(
+    "--routes",
+    type=options.FILE,
+    help="Draw which expert answers to which edit (of `scen`), as .png or .svg.",
+)
+def show(file: Path, everything: bool, routes: Path | None) -> None:
     """Say what is in the edit FILE: facts, model, method, size of the change, scores."""
     import json
 
     from errata.cli import tables
     from errata.jobs.report import size_text
+    from errata.jobs.routes import draw_routes
     from errata.jobs.ship import describe
 
     found = describe(file)
@@ -56,6 +62,14 @@ def show(file: Path, everything: bool) -> None:
         for part in found.memories:
             memories.add_row(Text(part.path), part.kind, str(part.entries), size_text(part.nbytes))
         terminal.print(memories)
+    if routes is not None:
+        drawn = draw_routes(edit, routes)
+        terminal.print(
+            Text(
+                f"{drawn.right} of {tables.counted(len(drawn.experts), 'edit')} reach their own "
+                f"expert -> {routes}"
+            )
+        )
     if record.scores:
         terminal.print()
         terminal.print(tables.recorded(record.scores, everything=everything))

@@ -63,7 +63,12 @@ class Experts(Memory):
 
     def activations(self, queries: Tensor) -> Tensor:
         """(n, m) how strongly each neuron answers to queries (n, d_in): a of equation 10."""
-        return (queries.to(self.neurons) @ self.neurons.mT).sigmoid()
+        return self.activated(self.neurons, queries)
+
+    @staticmethod
+    def activated(neurons: Tensor, queries: Tensor) -> Tensor:
+        """(n, m) how strongly neurons (m, d_in) answer to queries (n, d_in)."""
+        return (queries.to(neurons) @ neurons.mT).sigmoid()
 
     def prompts_without(self, texts: Sequence[str]) -> Tensor:
         """(k, d_in) the inputs at all prompts but these: what a new neuron must not answer to."""
