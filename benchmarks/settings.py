@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from errata.editors.closed_form.statistics import Moments
+from errata.editors.closed_form.moments import Moments
 from errata.editors.closed_form.targets import TargetConfig
 from errata.jobs.cases import pocket_cases
 from errata.lm.load import LanguageModel

@@ -19,7 +19,7 @@ from errata.editors.closed_form.keys import (
     stream_at_subject,
     subject_rows,
 )
-from errata.editors.closed_form.statistics import Moments
+from errata.editors.closed_form.moments import Moments
 from errata.edits.weights import WeightEdit
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in

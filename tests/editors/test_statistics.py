@@ -15,15 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from errata.editors.closed_form import corpus, statistics
-from errata.editors.closed_form.statistics import (
-    Moments,
-    cache_folder,
-    collect,
-    estimate,
-    own_text,
-    read_corpus,
-)
+from errata.editors.closed_form import corpus, moment_cache, statistics
+from errata.editors.closed_form.corpus import own_text, read_corpus
+from errata.editors.closed_form.moment_cache import cache_folder
+from errata.editors.closed_form.moments import Moments
+from errata.editors.closed_form.statistics import collect, estimate
 from errata.errors import (
     ConfigError,
     DatasetError,
@@ -131,7 +127,7 @@ def dying(documents: list[str], after: int) -> Callable[[], Iterator[str]]:
 
 def test_a_killed_pass_goes_on_where_it_was(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     whole = read_corpus(DOCUMENTS)
-    broken = statistics.Corpus(whole.name, dying(DOCUMENTS, 30), whole.fingerprint)
+    broken = corpus.Corpus(whole.name, dying(DOCUMENTS, 30), whole.fingerprint)
     with pytest.raises(Killed):
         collect(tiny_gpt2, [0, 1], broken, tokens=TOKENS, cache=tmp_path)
     (partial,) = files(tmp_path)
@@ -158,7 +154,7 @@ def test_a_damaged_partial_sum_is_not_used(
     tiny_gpt2: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = read_corpus(DOCUMENTS)
-    broken = statistics.Corpus(whole.name, dying(DOCUMENTS, 30), whole.fingerprint)
+    broken = corpus.Corpus(whole.name, dying(DOCUMENTS, 30), whole.fingerprint)
     with pytest.raises(Killed):
         collect(tiny_gpt2, [1], broken, tokens=TOKENS, cache=tmp_path)
     (partial,) = files(tmp_path)
@@ -171,7 +167,7 @@ def test_a_damaged_partial_sum_is_not_used(
 def test_cached_equals_computed_and_reads_no_text(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     first = collect(tiny_gpt2, [1], DOCUMENTS, tokens=TOKENS, cache=tmp_path)
     whole = read_corpus(DOCUMENTS)
-    unread = statistics.Corpus(whole.name, dying(DOCUMENTS, 0), whole.fingerprint)
+    unread = corpus.Corpus(whole.name, dying(DOCUMENTS, 0), whole.fingerprint)
     second = collect(tiny_gpt2, [1], unread, tokens=TOKENS, cache=tmp_path)
     assert second.key == first.key and second.tokens == first.tokens
     assert torch.equal(second.mean(1), first.mean(1))
@@ -273,7 +269,7 @@ def test_an_unwritable_cache_is_told_and_done_without(
 def test_leftovers_of_killed_processes_are_cleared(
     tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_STALE_SECONDS", -1.0)
+    monkeypatch.setattr(moment_cache, "_STALE_SECONDS", -1.0)
     (tmp_path / "moments").mkdir()
     (tmp_path / "moments" / "x.safetensors.1234.tmp").write_text("half")
     collect(tiny_gpt2, [1], DOCUMENTS, tokens=TOKENS, cache=tmp_path)
@@ -478,7 +474,7 @@ def test_the_pass_is_told_as_it_goes(tiny_gpt2: LanguageModel) -> None:
 def test_two_processes_write_the_same_file(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     """Whoever is last replaces a whole file by an equal one; a reader never sees half of it."""
     first = collect(tiny_gpt2, [1], DOCUMENTS, tokens=TOKENS, cache=tmp_path)
-    store = statistics._Store(tmp_path)
+    store = moment_cache.MomentCache(tmp_path)
     (path,) = files(tmp_path)
     whole = path.read_bytes()
     with path.open("rb") as reader:

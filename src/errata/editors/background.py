@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 from errata.editors.closed_form.corpus import Corpus, own_text, read_corpus
-from errata.editors.closed_form.statistics import Moments, collect
+from errata.editors.closed_form.moments import Moments
+from errata.editors.closed_form.statistics import collect
 from errata.editors.closed_form.targets import Targets
 from errata.lm.load import LanguageModel
 from errata.progress import Progress, silent

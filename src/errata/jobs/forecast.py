@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from errata.editors import Background
 from errata.editors.closed_form.config import ClosedFormConfig
-from errata.editors.closed_form.statistics import Moments, estimate
+from errata.editors.closed_form.moments import Moments
+from errata.editors.closed_form.statistics import estimate
 from errata.editors.editor import Editor
 from errata.editors.trainable import Trainable
 from errata.editors.training import TrainingConfig

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.editors import EDITORS
-from errata.editors.closed_form.statistics import read_corpus
+from errata.editors.closed_form.corpus import read_corpus
 from errata.editors.trainable import TrainingCases
 from errata.edits.edit import as_json
 from errata.jobs.cluster import held

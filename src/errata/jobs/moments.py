@@ -8,7 +8,9 @@ from pathlib import Path
 
 from errata.editors import Background
 from errata.editors.closed_form import statistics
-from errata.editors.closed_form.statistics import Moments, cache_folder, own_text, read_corpus
+from errata.editors.closed_form.corpus import own_text, read_corpus
+from errata.editors.closed_form.moment_cache import cache_folder
+from errata.editors.closed_form.moments import Moments
 from errata.jobs.cases import POCKET
 from errata.jobs.methods import editor_for
 from errata.jobs.models import Model, as_model, is_pocket

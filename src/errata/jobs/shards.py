@@ -17,14 +17,9 @@ from torch import Tensor
 
 from errata.algebra.moments import SecondMoment
 from errata.editors.closed_form.closed_form import ClosedForm
-from errata.editors.closed_form.statistics import (
-    BATCH_TOKENS,
-    Moments,
-    Window,
-    add_up,
-    collect,
-    own_text,
-)
+from errata.editors.closed_form.corpus import own_text
+from errata.editors.closed_form.moments import Moments
+from errata.editors.closed_form.statistics import BATCH_TOKENS, Window, add_up, collect
 from errata.editors.closed_form.targets import TargetConfig, Targets, optimise_targets
 from errata.edits.file import load_edit
 from errata.edits.weights import WeightEdit

@@ -11,7 +11,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from errata.editors.closed_form.statistics import cache_folder
+from errata.editors.closed_form.moment_cache import cache_folder
 from errata.errors import StorageError
 from errata.jobs.files import write_text
 

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from errata.editors.closed_form.statistics import cache_folder
+from errata.editors.closed_form.moment_cache import cache_folder
 from errata.lm.load import pocket_folder
 from errata.pocket.encyclopedia import Encyclopedia
 from errata.pocket.grow import grow

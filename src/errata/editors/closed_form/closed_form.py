@@ -28,8 +28,8 @@ from errata.editors.closed_form.keys import (
     subject_rows,
     subject_veils,
 )
+from errata.editors.closed_form.moments import Moments
 from errata.editors.closed_form.spread import SPREADS
-from errata.editors.closed_form.statistics import Moments
 from errata.editors.closed_form.targets import (
     Target,
     Targets,

@@ -11,51 +11,30 @@ those of later layers others.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import secrets
-import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from errata.algebra import memorize
 from errata.algebra.moments import ROWS, SecondMoment
-from errata.editors.closed_form.corpus import (
-    Corpus,
-    add_document,
-    own_text,
-    read_corpus,
-    weight_hashes,
-)
-from errata.errors import ConfigError, MomentError, NotFiniteError, SolveError, StorageError
+from errata.editors.closed_form.corpus import Corpus, add_document, read_corpus
+from errata.editors.closed_form.fingerprints import hash_of, keys_hashes, tokenizer_hash
+from errata.editors.closed_form.moment_cache import MomentCache
+from errata.editors.closed_form.moments import FORMAT, Moments
+from errata.errors import ConfigError, MomentError, NotFiniteError
 from errata.lm.hooks import captured, stopped_after
 from errata.lm.load import LanguageModel
 from errata.lm.tokens import batches, pad
-from errata.lm.weights import weight_hash, weight_out_in
+from errata.lm.weights import weight_out_in
 from errata.progress import Progress, silent
-
-__all__ = [
-    "Corpus",
-    "Estimate",
-    "Moments",
-    "cache_folder",
-    "collect",
-    "estimate",
-    "own_text",
-    "read_corpus",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -71,122 +50,12 @@ WINDOW = 256
 CHECKPOINT_SECONDS = 60.0
 """How often partial sums are saved; less often where saving takes more than 5% of the time."""
 
-_FORMAT = "errata-moments-1"
-_STALE_SECONDS = 24 * 3600.0
-
 
 Window = Sequence[Sequence[int]]
 """Token ids of some documents, which are sorted into batches together."""
 
 Elsewhere = Callable[[Sequence[int], Sequence[Window]], Iterable[Mapping[int, SecondMoment]]]
 """Adds up the keys of layers over windows in any number of parts, wherever it likes."""
-
-
-@dataclass(eq=False)
-class Moments:
-    """The second moments of some layers, and their Cholesky factors once they are wanted."""
-
-    means: Mapping[int, Tensor]
-    """Layer -> (d_ff, d_ff) E[k k^T], symmetric."""
-
-    tokens: int
-    """How many tokens they were taken over; 0 where nobody said."""
-
-    key: str
-    """Hash of what they were made from; equal keys, equal moments."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where factors are computed and kept, unless `factor` is told."""
-
-    _factors: dict[int, memorize.Factor] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        means: Mapping[int, Tensor],
-        *,
-        tokens: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """Moments that are there already, e.g. published ones.
-
-        Raises:
-            MomentError: one is not a square matrix.
-        """
-        for layer, mean in means.items():
-            if mean.ndim != 2 or mean.shape[0] != mean.shape[1]:
-                raise MomentError(
-                    f"the moment of block {layer} must be a square matrix, got shape "
-                    f"{tuple(mean.shape)}."
-                )
-        hashes = {layer: weight_hash(mean) for layer, mean in means.items()}
-        return cls(dict(means), tokens, _hash(hashes), torch.device(device))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that have a moment, ascending."""
-        return tuple(sorted(self.means))
-
-    def mean(self, layer: int) -> Tensor:
-        """E[k k^T] of a layer, (d_ff, d_ff).
-
-        Raises:
-            MomentError: the layer has none.
-        """
-        if layer not in self.means:
-            raise MomentError(
-                f"there is no moment for block {layer}, only for {list(self.layers)}. Collect it "
-                "too, or edit one of these."
-            )
-        return self.means[layer]
-
-    def factor(self, layer: int, device: torch.device | None = None) -> memorize.Factor:
-        """The Cholesky factor of a layer's moment; computed once, d_ff^3 / 3, then reused.
-
-        Args:
-            layer: which.
-            device: where it is wanted: that of the layer's weight, in a model on several devices.
-
-        Raises:
-            MomentError: the layer has no moment.
-            SolveError: the moment is singular.
-            NotFiniteError: the moment holds NaN or infinity.
-        """
-        if layer not in self._factors:
-            mean = self.mean(layer).to(device or self.device)
-            try:
-                self._factors[layer] = memorize.factor(mean)
-            except (SolveError, NotFiniteError) as error:
-                told = f"block {layer}" + (f" ({self.tokens} tokens)" if self.tokens else "")
-                raise type(error)(f"{told}: {error}") from error
-        return self._factors[layer]
-
-    def forget_factors(self) -> None:
-        """Free the memory of the factors: 8 d_ff^2 bytes each."""
-        self._factors.clear()
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        tensors = {str(layer): self.means[layer] for layer in self.layers}
-        _write(Path(path), tensors, {"tokens": str(self.tokens), "key": self.key})
-
-    @classmethod
-    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            MomentError: there is no such file, or it is cut short, altered or of another kind.
-        """
-        tensors, notes = _read(Path(path))
-        try:
-            means = {int(name): tensor for name, tensor in tensors.items()}
-            return cls(means, int(notes["tokens"]), notes["key"], torch.device(device))
-        except (KeyError, ValueError) as error:
-            raise MomentError(f"{path} is not a file of second moments.") from error
 
 
 class Estimate(NamedTuple):
@@ -236,12 +105,12 @@ def collect(
     source = read_corpus(corpus)
     longest = min(longest, lm.max_length)
     content = source.fingerprint()
-    store = _Store(cache if content is not None else None)
-    tokenizer = _tokenizer_hash(lm)
+    store = MomentCache(cache if content is not None else None)
+    tokenizer = tokenizer_hash(lm)
     made_from = {
-        layer: _hash(
+        layer: hash_of(
             {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "model": weights,
                 "tokenizer": tokenizer,
                 "corpus": content,
@@ -250,7 +119,7 @@ def collect(
                 "dtype": str(lm.dtype),
             }
         )
-        for layer, weights in _weights_hashes(lm, layers).items()
+        for layer, weights in keys_hashes(lm, layers).items()
     }
     found = {layer: store.load(made_from[layer], widths[layer]) for layer in layers}
     missing = [layer for layer in layers if found[layer] is None]
@@ -258,14 +127,14 @@ def collect(
         digest = hashlib.sha256() if content is None else None
         reading = _Pass(lm, source, tokens, batch_tokens, longest, progress, digest)
         if elsewhere is None:
-            key = _hash({layer: made_from[layer] for layer in missing})
+            key = hash_of({layer: made_from[layer] for layer in missing})
             sums = reading.run(missing, store, key)
         else:
             sums = reading.merged(missing, elsewhere)
         if reading.count < tokens:
             _enough(reading.count, widths, f"{source.name} has only {reading.count} tokens")
         if digest is not None:
-            made_from = {at: _hash([key, digest.hexdigest()]) for at, key in made_from.items()}
+            made_from = {at: hash_of([key, digest.hexdigest()]) for at, key in made_from.items()}
         for layer in missing:
             with _naming(layer):
                 mean = sums.pop(layer).mean().to("cpu", torch.float32)
@@ -276,7 +145,7 @@ def collect(
     return Moments(
         {layer: moments.mean(layer) for layer, moments in complete.items()},
         tokens=min(moments.tokens for moments in complete.values()),
-        key=_hash(made_from),
+        key=hash_of(made_from),
         device=lm.device,
     )
 
@@ -313,17 +182,6 @@ def estimate(
     return Estimate((forward + update) * tokens, sums + keys_bytes + result)
 
 
-def cache_folder() -> Path:
-    """Where the user's caches are: $ERRATA_CACHE, or the platform's own place. Not made here."""
-    if chosen := os.environ.get("ERRATA_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "errata"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "errata"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "errata"
-
-
 @dataclass
 class _Pass:
     """One pass over the text: windows of documents, sorted into batches, into sums."""
@@ -340,7 +198,7 @@ class _Pass:
     count: int = 0
     """Tokens read so far."""
 
-    def run(self, layers: Sequence[int], store: _Store, key: str) -> dict[int, SecondMoment]:
+    def run(self, layers: Sequence[int], store: MomentCache, key: str) -> dict[int, SecondMoment]:
         """The sums of `layers`, continued from the store's partial ones if it has any."""
         lm, report = self.lm, self.progress
         devices = {layer: _device(lm, layer) for layer in layers}
@@ -502,168 +360,3 @@ def _seconds(do: Callable[[], object]) -> float:
         if best > 0.2:
             break
     return best
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tokenizer_hash(lm: LanguageModel) -> str:
-    backend: Any = lm.tokenizer
-    state = json.loads(backend.backend_tokenizer.to_str())
-    for passing in ("truncation", "padding"):  # left over from the last call
-        state.pop(passing, None)
-    return _hash(state)
-
-
-def _weights_hashes(lm: LanguageModel, layers: Sequence[int]) -> dict[int, str]:
-    """Layer -> hash of all weights that its keys are made with, and of the configuration."""
-    last = max(layers)
-    blocks = [list(lm.block(index).parameters()) for index in range(lm.layers)]
-    elsewhere = {id(weight) for block in blocks for weight in block}
-    elsewhere |= {id(w) for part in (lm.final_norm, lm.head) for w in part.parameters()}
-    elsewhere -= {id(weight) for weight in lm.embedding.parameters()}  # tied to the head, perhaps
-    below = [weight for weight in lm.network.parameters() if id(weight) not in elsewhere]
-    needed = {id(w): w for group in (below, *blocks[: last + 1]) for w in group}
-    hashes = dict(zip(needed, weight_hashes(list(needed.values())), strict=True))
-    volatile = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
-    config = {
-        name: value
-        for name, value in lm.config.to_dict().items()
-        if not name.startswith("_") and name not in volatile
-    }
-    state = _hash([config, [hashes[id(weight)] for weight in below]])
-    found = {}
-    for index in range(last + 1):
-        after = {id(weight) for weight in lm.mlp_out(index).parameters()}
-        inside = [hashes[id(weight)] for weight in blocks[index] if id(weight) not in after]
-        if index in layers:
-            found[index] = _hash([state, inside])
-        state = _hash([state, [hashes[id(weight)] for weight in blocks[index]]])
-    return found
-
-
-class _Store:
-    """The cache folder: one file for each layer's moment, one for the sums of a pass under way.
-
-    Files are written aside and renamed, so that a reader, another process and a later run see
-    whole ones only. A folder that cannot be written to is told once, and done without.
-    """
-
-    def __init__(self, cache: Path | None) -> None:
-        self.folder = None if cache is None else cache / "moments"
-        self._partial: Path | None = None
-
-    def load(self, key: str, width: int) -> Moments | None:
-        """The moment under `key`, if it is there and whole."""
-        path = self._path(key)
-        if path is None or not path.exists():
-            return None
-        try:
-            moments = Moments.load(path)
-            if moments.key == key and all(len(mean) == width for mean in moments.means.values()):
-                return moments
-            reason = "it is of something else"
-        except MomentError as error:
-            reason = str(error)
-        logger.warning("a cached moment is not usable and is computed again: %s", reason)
-        return None
-
-    def save(self, moments: Moments) -> None:
-        """Keep one layer's moment."""
-        if path := self._path(moments.key):
-            self._try(lambda: moments.save(path))
-
-    def load_partial(
-        self, key: str, devices: Mapping[int, torch.device]
-    ) -> tuple[dict[int, SecondMoment], int] | None:
-        """The sums of a pass that was killed, and how many documents they were taken over."""
-        self._partial = self._path(key + ".partial")
-        if self._partial is None or not self._partial.exists():
-            return None
-        try:
-            tensors, notes = _read(self._partial)
-            sums = {
-                layer: SecondMoment.from_state(
-                    {name: tensors[f"{layer}.{name}"] for name in ("sum", "count")}, device
-                )
-                for layer, device in devices.items()
-            }
-            position = int(notes["documents"])
-        except (MomentError, KeyError, ValueError) as error:
-            logger.warning("a partial moment is not usable; the pass begins anew: %s", error)
-            return None
-        logger.info("the pass goes on after %d documents.", position)
-        return sums, position
-
-    def save_partial(self, key: str, sums: Mapping[int, SecondMoment], position: int) -> None:
-        """Keep the sums of a pass under way."""
-        tensors: dict[str, Tensor] = {}
-        for layer, moment in sums.items():
-            state = moment.state_dict()
-            tensors |= {f"{layer}.{name}": tensor for name, tensor in state.items()}
-        if path := self._path(key + ".partial"):
-            self._try(lambda: _write(path, tensors, {"documents": str(position)}))
-
-    def forget_partial(self) -> None:
-        """The pass is over: its sums are of no more use."""
-        if self._partial is not None:
-            with suppress(OSError):
-                self._partial.unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{name}.safetensors"
-
-    def _try(self, write: Callable[[], None]) -> None:
-        assert self.folder is not None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.tmp"):  # of processes that were killed
-                with suppress(OSError):  # another process may clear up as well
-                    if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                        left.unlink()
-            write()
-        except (OSError, StorageError) as error:
-            logger.warning(
-                "moments cannot be kept in %s and will be computed again next time: %s\n"
-                "  Set ERRATA_CACHE to a folder that can be written to.",
-                self.folder,
-                error,
-            )
-            self.folder = None
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    return _hash({name: weight_hash(tensor) for name, tensor in tensors.items()})
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write a file aside, then rename it into place."""
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": _FORMAT, "checksum": _checksum(kept), **notes}
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        save_file(kept, aside, metadata=metadata)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"cannot write {path}: {error}. Check the folder, the permission and the free space."
-        ) from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and notes of a file that `_write` wrote, checked."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise MomentError(f"cannot read {path}: {error}. It is missing or cut short.") from error
-    if notes.get("format") != _FORMAT:
-        raise MomentError(f"{path} is not a file of second moments ({_FORMAT}).")
-    if notes.get("checksum") != _checksum(tensors):
-        raise MomentError(f"{path} was altered after it was written: its checksum does not fit.")
-    return tensors, notes
