@@ -230,7 +230,7 @@ def test_texts_are_cut_where_a_token_ends(base: Path) -> None:
     ("settings", "message"),
     [
         ({"folds": 1}, "folds must be at least 2"),
-        ({"similarity": "rouge"}, "similarity is sentence or bertscore"),
+        ({"similarity": "rouge"}, "similarity is one of sentence, bertscore"),
         ({"validation": 1.0}, "validation must be between 0 and 1"),
         ({"classifier.blocks": 99}, "4 blocks; 99 cannot learn"),
         ({"classifier.rate": 0.0}, "rate must be positive"),

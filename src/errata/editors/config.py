@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from errata.errors import ConfigError
 
@@ -12,6 +13,12 @@ from errata.errors import ConfigError
 @dataclass(frozen=True)
 class Config:
     """A method's numbers. No module path, device or model name; unknown fields are refused."""
+
+    def __post_init__(self) -> None:
+        """Refuse a word where its field's `Literal` does not list it."""
+        for name, known in _choices(type(self)).items():
+            value = getattr(self, name)
+            self._require(value in known, f"{name} is one of {', '.join(known)}, not {value!r}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -45,6 +52,23 @@ class Config:
         if not condition:
             raise ConfigError(f"{type(self).__name__}: {message}")
 
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(value >= 1, f"{name} must be at least 1, got {value}.")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            finite = math.isfinite(value)
+            self._require(finite and value > 0, f"{name} must be positive, got {value}.")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            finite = math.isfinite(value)
+            self._require(finite and value >= 0, f"{name} must not be negative, got {value}.")
+
 
 @dataclass(frozen=True)
 class EditorConfig(Config):
@@ -57,12 +81,19 @@ class EditorConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse layers out of order."""
+        super().__post_init__()
         ascending = list(self.layers) == sorted(set(self.layers)) and all(
             layer >= 0 for layer in self.layers
         )
         self._require(
             ascending, f"layers must be ascending, unique and not negative, got {self.layers}."
         )
+
+
+def _choices(config: type[Config]) -> dict[str, tuple[str, ...]]:
+    """Of each field that is a `Literal`, what it may be."""
+    hints = get_type_hints(config).items()
+    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
 def _tuples(value: Any) -> Any:

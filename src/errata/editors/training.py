@@ -58,9 +58,8 @@ class TrainingConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse numbers that would do nothing."""
-        for name in ("steps", "batch", "at_once", "validate_every", "validation", "patience"):
-            value = getattr(self, name)
-            self._require(value > 0, f"{name} must be positive, got {value}.")
+        super().__post_init__()
+        self._positive("steps", "batch", "at_once", "validate_every", "validation", "patience")
         self._require(self.clip > 0, f"clip must be positive, got {self.clip}.")
 
 

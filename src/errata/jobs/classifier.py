@@ -59,9 +59,8 @@ class ClassifierConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
-        for name in ("rate", "head_rate"):
-            value = getattr(self, name)
-            self._require(value > 0, f"{name} must be positive, got {value}.")
+        super().__post_init__()
+        self._positive("rate", "head_rate")
         self._require(self.tokens > 2, f"tokens must be more than 2, got {self.tokens}.")
         blocks = self.blocks
         self._require(blocks is None or blocks >= 0, f"blocks must not be negative, got {blocks}.")

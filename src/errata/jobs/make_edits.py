@@ -38,7 +38,7 @@ from errata.lm.loss import predictions
 from errata.lm.sentences import SentenceEncoder
 from errata.measure.datasets import read_labelled
 from errata.measure.datasets.labelled import Labelled
-from errata.measure.similarity import MEASURES, Measure, similarities
+from errata.measure.similarity import Measure, similarities
 from errata.progress import Progress, silent
 from errata.requests import Case, Probe
 
@@ -76,14 +76,9 @@ class MakeEditsConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
+        super().__post_init__()
         self._require(self.folds > 1, f"folds must be at least 2, got {self.folds}.")
-        for name in ("rephrasings", "neighbours"):
-            value = getattr(self, name)
-            self._require(value >= 0, f"{name} must not be negative, got {value}.")
-        self._require(
-            self.similarity in MEASURES,
-            f"similarity is {' or '.join(MEASURES)}, not {self.similarity!r}.",
-        )
+        self._not_negative("rephrasings", "neighbours")
         self._require(
             0 < self.validation < 1, f"validation must be between 0 and 1, got {self.validation}."
         )

@@ -111,8 +111,8 @@ def test_the_seed_draws_it_and_nothing_else() -> None:
     [
         ({"hidden": 0}, "hidden must be positive"),
         ({"scale": float("nan")}, "scale must be positive"),
-        ({"units": "miles"}, "relative or absolute"),
-        ({"initial": "ascent"}, "descent or random"),
+        ({"units": "miles"}, "units is one of relative, absolute"),
+        ({"initial": "ascent"}, "initial is one of descent, random"),
     ],
 )
 def test_numbers_without_sense_are_refused(settings: dict[str, object], match: str) -> None:

@@ -202,7 +202,7 @@ def test_it_learns_to_edit(lm: LanguageModel) -> None:
     [
         ({"inner": 0}, "inner must be positive"),
         ({"step": -1.0}, "step must not be negative"),
-        ({"units": "miles"}, "relative or absolute"),
+        ({"units": "miles"}, "units is one of relative, absolute"),
     ],
 )
 def test_numbers_without_sense_are_refused(settings: dict[str, object], match: str) -> None:

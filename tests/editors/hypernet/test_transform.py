@@ -195,9 +195,9 @@ def test_a_seed_gives_one_network() -> None:
     ("values", "told"),
     [
         ({"rank": 0}, "rank must be positive"),
-        ({"initial": "zeros"}, "initial is xavier or normal, not 'zeros'"),
-        ({"sign": "up"}, "sign is descent or ascent"),
-        ({"units": "cm"}, "units is relative or absolute"),
+        ({"initial": "zeros"}, "initial is one of xavier, normal, not 'zeros'"),
+        ({"sign": "up"}, "sign is one of descent, ascent"),
+        ({"units": "cm"}, "units is one of relative, absolute"),
         ({"learning_rate": -1.0}, "learning_rate must not be negative"),
         ({"step": float("nan")}, "step must not be negative"),
         ({"lr": 1.0}, "has no"),

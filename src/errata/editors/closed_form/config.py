@@ -43,17 +43,10 @@ class ClosedFormConfig(EditorConfig):
     def __post_init__(self) -> None:
         """Refuse numbers that contradict each other."""
         super().__post_init__()
-        self._require(
-            self.relaxation >= 0, f"relaxation must not be negative, got {self.relaxation}."
-        )
+        self._not_negative("relaxation")
         self._require(
             self.spread in SPREADS, f"spread is one of {sorted(SPREADS)}, not {self.spread!r}."
         )
-        self._require(
-            self.averaging in ("mean", "half-bare", "bare"), f"no averaging {self.averaging!r}."
-        )
-        self._require(self.value_at in ("averaged", "bare"), f"no value_at {self.value_at!r}.")
-        self._require(self.units in ("relative", "absolute"), f"no units {self.units!r}.")
         mixture = self.value_at == "bare" and self.averaging != "bare"
         self._require(
             not mixture or self.one_at_a_time,

@@ -69,22 +69,10 @@ class TargetConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
-        self._require(
-            self.place in ("mlp", "block"), f"place is 'mlp' or 'block', not {self.place!r}."
-        )
-        self._require(
-            self.units in ("relative", "absolute"),
-            f"units are 'relative' or 'absolute', not {self.units!r}.",
-        )
-        self._require(self.updates >= 1, f"updates must be at least 1, got {self.updates}.")
-        for name in ("learning_rate", "clamp"):
-            self._require(
-                getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}."
-            )
-        for name in ("decay", "kl", "stop_below"):
-            self._require(
-                getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}."
-            )
+        super().__post_init__()
+        self._at_least_one("updates")
+        self._positive("learning_rate", "clamp")
+        self._not_negative("decay", "kl", "stop_below")
 
 
 @dataclass(frozen=True)

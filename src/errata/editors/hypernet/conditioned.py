@@ -15,7 +15,6 @@ more: the change is never dense. m and o are fixed units of measure.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,18 +52,8 @@ class ConditionedConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse what makes no network."""
-        for name in ("hidden", "condition", "inner"):
-            value = getattr(self, name)
-            self._require(value > 0, f"{name} must be positive, got {value}.")
-        for name in ("scale", "learning_rate"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value) and value > 0, f"{name} must be positive: {value}.")
-        for name, known in (
-            ("units", ("relative", "absolute")),
-            ("initial", ("descent", "random")),
-        ):
-            value = getattr(self, name)
-            self._require(value in known, f"{name} is {' or '.join(known)}, not {value!r}.")
+        super().__post_init__()
+        self._positive("hidden", "condition", "inner", "scale", "learning_rate")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ model that has D on it already, an edit of the same editor holds the steps alone
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -84,16 +83,9 @@ class EditableConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse what makes no step."""
-        self._require(self.inner > 0, f"inner must be positive, got {self.inner}.")
-        for name in ("step", "learning_rate", "step_learning_rate", "base"):
-            value = getattr(self, name)
-            self._require(
-                math.isfinite(value) and value >= 0, f"{name} must not be negative, got {value}."
-            )
-        self._require(
-            self.units in ("relative", "absolute"),
-            f"units is relative or absolute, not {self.units!r}.",
-        )
+        super().__post_init__()
+        self._positive("inner")
+        self._not_negative("step", "learning_rate", "step_learning_rate", "base")
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,8 @@ class ConstraintConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse what makes no constraint."""
-        for name in ("margin", "lowest", "rate"):
-            value = getattr(self, name)
-            self._require(value >= 0, f"{name} must not be negative, got {value}.")
+        super().__post_init__()
+        self._not_negative("margin", "lowest", "rate")
         self._require(0 < self.shrink <= 1, f"shrink is in (0, 1], got {self.shrink}.")
 
 

@@ -11,7 +11,6 @@ divergence taken over the whole distribution at each token of a neighbour's answ
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,13 +44,9 @@ class ObjectiveConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse what would teach nothing."""
-        for name in ("edit", "kept"):
-            value = getattr(self, name)
-            self._require(
-                math.isfinite(value) and value >= 0, f"{name} must not be negative, got {value}."
-            )
-        self._require(self.wordings > 0, f"wordings must be positive, got {self.wordings}.")
-        self._require(self.neighbours > 0, f"neighbours must be positive, got {self.neighbours}.")
+        super().__post_init__()
+        self._not_negative("edit", "kept")
+        self._positive("wordings", "neighbours")
 
 
 @dataclass(frozen=True)

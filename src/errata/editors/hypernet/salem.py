@@ -34,7 +34,7 @@ class SalemConfig(NetworkConfig):
     def __post_init__(self) -> None:
         """Refuse to choose nothing."""
         super().__post_init__()
-        self._require(self.count > 0, f"count must be positive, got {self.count}.")
+        self._positive("count")
 
 
 class FittedSalem(NetworkEditor):

@@ -60,19 +60,9 @@ class TransformConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse what makes no network."""
-        self._require(self.rank > 0, f"rank must be positive, got {self.rank}.")
-        for name in ("step", "learning_rate", "step_learning_rate"):
-            value = getattr(self, name)
-            self._require(
-                math.isfinite(value) and value >= 0, f"{name} must not be negative, got {value}."
-            )
-        for name, known in (
-            ("initial", ("xavier", "normal")),
-            ("units", ("relative", "absolute")),
-            ("sign", ("descent", "ascent")),
-        ):
-            value = getattr(self, name)
-            self._require(value in known, f"{name} is {' or '.join(known)}, not {value!r}.")
+        super().__post_init__()
+        self._positive("rank")
+        self._not_negative("step", "learning_rate", "step_learning_rate")
 
 
 class RunningMoments(nn.Module):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -68,22 +68,9 @@ class GraceConfig(EditorConfig):
     def __post_init__(self) -> None:
         """Refuse numbers without sense."""
         super().__post_init__()
-        for name, known in (
-            ("matrix", ("mlp_in", "mlp_out")),
-            ("units", ("relative", "absolute")),
-            ("replace", get_args(Replace)),
-            ("start", ("cold", "warm")),
-        ):
-            value = getattr(self, name)
-            self._require(value in known, f"{name} is one of {', '.join(known)}, not {value!r}.")
-        self._require(self.radius > 0, f"radius must be positive, got {self.radius}.")
-        self._require(self.updates >= 1, f"updates must be at least 1, got {self.updates}.")
-        self._require(
-            self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}."
-        )
-        self._require(
-            self.stop_below >= 0, f"stop_below must not be negative, got {self.stop_below}."
-        )
+        self._positive("radius", "learning_rate")
+        self._at_least_one("updates")
+        self._not_negative("stop_below")
 
 
 class Grace(Editor):

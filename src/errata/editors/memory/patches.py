@@ -69,9 +69,8 @@ class PatchConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse numbers without sense."""
-        for name in ("updates", "loudest_own", "loudest"):
-            value = getattr(self, name)
-            self._require(value >= 1, f"{name} must be at least 1, got {value}.")
+        super().__post_init__()
+        self._at_least_one("updates", "loudest_own", "loudest")
 
 
 def activation_loss(own: Tensor, config: PatchConfig) -> Tensor:

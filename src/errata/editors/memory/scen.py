@@ -50,7 +50,6 @@ from errata.progress import Progress, silent
 from errata.requests import Request, check_batch, unique
 
 KIND = "experts"
-_MATRICES = ("attention_out", "mlp_in", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -97,19 +96,8 @@ class ScenConfig(EditorConfig):
     def __post_init__(self) -> None:
         """Refuse numbers without sense."""
         super().__post_init__()
-        for name, known in (
-            ("matrix", _MATRICES),
-            ("units", ("relative", "absolute")),
-            ("loss", ("paper", "reference", "hinge")),
-        ):
-            value = getattr(self, name)
-            self._require(value in known, f"{name} is one of {', '.join(known)}, not {value!r}.")
-        for name in ("edits_per_expert", "updates", "neuron_updates"):
-            value = getattr(self, name)
-            self._require(value >= 1, f"{name} must be at least 1, got {value}.")
-        for name in ("learning_rate", "neuron_learning_rate"):
-            value = getattr(self, name)
-            self._require(value > 0, f"{name} must be positive, got {value}.")
+        self._at_least_one("edits_per_expert", "updates", "neuron_updates")
+        self._positive("learning_rate", "neuron_learning_rate")
         self._require(
             self.rank is None or self.rank >= 1,
             f"rank must be at least 1, or None for the whole difference, got {self.rank}.",

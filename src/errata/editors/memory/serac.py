@@ -98,12 +98,8 @@ class SeracConfig(EditorConfig):
     def __post_init__(self) -> None:
         """Refuse numbers without sense."""
         super().__post_init__()
-        for name in ("width", "wordings", "outside"):
-            value = getattr(self, name)
-            self._require(value >= 1, f"{name} must be at least 1, got {value}.")
-        for name in ("edit", "scope", "learning_rate", "scope_learning_rate", "blocks"):
-            value = getattr(self, name)
-            self._require(value >= 0, f"{name} must not be negative, got {value}.")
+        self._at_least_one("width", "wordings", "outside")
+        self._not_negative("edit", "scope", "learning_rate", "scope_learning_rate", "blocks")
         self._require(
             0 < self.threshold < 1, f"threshold must be between 0 and 1, got {self.threshold}."
         )

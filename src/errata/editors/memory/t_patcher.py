@@ -63,11 +63,8 @@ class TPatcherConfig(EditorConfig):
     def __post_init__(self) -> None:
         """Refuse numbers without sense."""
         super().__post_init__()
-        self._require(self.neurons >= 1, f"neurons must be at least 1, got {self.neurons}.")
-        self._require(
-            self.memory_tokens >= 0,
-            f"memory_tokens must not be negative, got {self.memory_tokens}.",
-        )
+        self._at_least_one("neurons")
+        self._not_negative("memory_tokens")
 
 
 class TPatcher(Editor):

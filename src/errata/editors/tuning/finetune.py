@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -80,23 +80,13 @@ class FineTuneConfig(EditorConfig):
     def __post_init__(self) -> None:
         """Refuse numbers without sense."""
         super().__post_init__()
-        self._require(
-            self.matrices in get_args(Matrices),
-            f"matrices is one of {', '.join(get_args(Matrices))}, not {self.matrices!r}.",
-        )
-        self._require(self.updates >= 1, f"updates must be at least 1, got {self.updates}.")
-        self._require(
-            self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}."
-        )
-        self._require(
-            self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}."
-        )
+        self._at_least_one("updates")
+        self._positive("learning_rate")
+        self._not_negative("weight_decay")
         self._require(
             self.norm_limit is None or self.norm_limit > 0,
             f"norm_limit must be positive, or None for no limit, got {self.norm_limit}.",
         )
-        self._require(self.units in ("relative", "absolute"), f"no units {self.units!r}.")
-        self._require(self.loss in ("answer", "last-position"), f"no loss {self.loss!r}.")
         self._require(
             self.rank is None or self.rank >= 1,
             f"rank must be at least 1, or None for the whole change, got {self.rank}.",

@@ -48,10 +48,9 @@ class LocalityConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse numbers without sense."""
-        self._require(self.weight >= 0, f"weight must not be negative, got {self.weight}.")
-        for name in ("neighbours", "texts", "length"):
-            value = getattr(self, name)
-            self._require(value >= 1, f"{name} must be at least 1, got {value}.")
+        super().__post_init__()
+        self._not_negative("weight")
+        self._at_least_one("neighbours", "texts", "length")
 
 
 @dataclass(frozen=True, eq=False)

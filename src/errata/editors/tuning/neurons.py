@@ -75,18 +75,6 @@ class KnowledgeNeuronsConfig(EditorConfig):
     keep_going: bool = False
     """Leave out requests without neurons, instead of failing as a whole."""
 
-    def __post_init__(self) -> None:
-        """Refuse numbers without sense."""
-        super().__post_init__()
-        self._require(
-            self.mode in ("rewrite", "fixed", "erase"),
-            f"mode is one of rewrite, fixed, erase, not {self.mode!r}.",
-        )
-        self._require(
-            self.embedding in ("input", "output"),
-            f"embedding is one of input, output, not {self.embedding!r}.",
-        )
-
 
 class KnowledgeNeurons(Editor):
     """Rewrites or erases the value vectors of a fact's knowledge neurons."""
