@@ -18,6 +18,7 @@ from errata.editors.fitted import load_editor
 from errata.editors.hypernet.mend import Mend
 from errata.errors import ConfigError, DatasetError, FitError
 from errata.jobs.cases import sample_cases
+from errata.jobs.cells import Cell, Run
 from errata.jobs.experiment import Experiment
 from errata.jobs.fits import fit_file, training_cases
 from errata.jobs.forecast import plan
@@ -162,6 +163,10 @@ def test_a_record_tells_of_the_fit(tmp_path: Path, trained_folder: Path) -> None
     assert told["file"].removesuffix(".safetensors") == row.record["hashes"]["fit"][:24]
     assert told["parameters"] == 2 * 32 * 128  # both matrices of the block
     assert told["notes"]["training"]["steps"] == 4 and told["notes"]["cases"]["train"] == 3
+    assert told["learnt"]["EA"][3] == 3 and told["learnt"]["DD"][0] is not None
+    found = Cell((Run(row.unit, row),), None, None).summary
+    assert list(found["fit EA"]) == told["learnt"]["EA"] and found["fit DD"].n == 3
+    assert found["fit steps"].mean == told["notes"]["training"]["best"]
     assert told["seconds"] > 0 and told["peak_memory"] > 0 and not told["resumed"]
     assert row.record["config"]["layers"] == [1] and row.record["seeds"]["editor"] == 3
     editor = load_editor(Path("results/fits") / told["file"], LanguageModel.load(trained_folder))
@@ -174,7 +179,7 @@ CHILD = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from errata.editors.hypernet import training
+from errata.editors import training
 from errata.jobs.experiment import Experiment
 from errata.jobs.studies import run
 if len(sys.argv) > 2:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from errata.errors import ConfigError
 from errata.jobs.rows import Row, flat, to_json
 from errata.jobs.stream import IMMEDIATE
-from errata.jobs.study import EDITS, RELATION, Where
+from errata.jobs.study import EDITS, LEARNT, RELATION, Where
 from errata.jobs.units import UNEDITED, field_of
 from errata.measure.metrics import Estimate
 from errata.measure.score import Scores
@@ -249,7 +249,7 @@ def _at(row: Row, edits: int) -> Mapping[str, Estimate]:
 
 
 def _costs(row: Row) -> dict[str, Estimate]:
-    """COSTS of a run, as far as its record tells them."""
+    """COSTS and LEARNT of a run, as far as its record tells them."""
     fit, edits = row.record.get("fit", {}), row.record.get("edits", {})
     editing, peak = row.record.get("seconds", {}).get("editing"), row.record.get("peak_memory")
     told = {
@@ -261,7 +261,12 @@ def _costs(row: Row) -> dict[str, Estimate]:
         "fit seconds": fit.get("seconds"),
         "fit MB": fit.get("peak_memory") and fit["peak_memory"] / 1e6,
     }
-    return {n: Estimate(v, math.nan, math.nan, 1) for n, v in told.items() if v is not None}
+    found = {n: Estimate(v, math.nan, math.nan, 1) for n, v in told.items() if v is not None}
+    for name in LEARNT:
+        if four := fit.get("learnt", {}).get(name.removeprefix("fit ")):
+            mean, low, high = (math.nan if value is None else value for value in four[:3])
+            found[name] = Estimate(mean, low, high, four[3])
+    return found
 
 
 def _facts(row: Row, point: Mapping[str, Any]) -> int:

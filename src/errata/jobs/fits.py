@@ -14,7 +14,8 @@ these, so no editor has learnt from what it is judged on. A study that sweeps ov
 the largest as `clear_of`, and all its sizes share a fit.
 
 A fit is kept in `FOLDER/fits` under the hash of all that it depends on (`keys.fit_key`), for every
-study there: `KEY.safetensors`, and `KEY.json`, which tells how long it took and how much memory.
+study there: `KEY.safetensors`, and `KEY.json`, which tells how long it took, how much memory, and
+how well it does on what was learnt from.
 While it is made its checkpoints are in `KEY.fit`, from where it goes on if it was cut short, and
 `KEY.lock` is held, so that another process that needs it waits for it.
 """
@@ -37,11 +38,15 @@ from errata.errors import DatasetError, StorageError
 from errata.jobs import host
 from errata.jobs.cases import sample_cases
 from errata.jobs.files import make_folder, write_text
+from errata.jobs.fit import judged
 from errata.jobs.units import Unit
 from errata.lm.load import LanguageModel
 from errata.lm.weights import weight_out_in
 from errata.progress import Progress, silent
 from errata.requests import Case
+
+JUDGED = 20
+"""How many of the cases that were learnt from are asked after the fit: papers' column "train"."""
 
 
 def training_cases(unit: Unit) -> TrainingCases:
@@ -125,9 +130,11 @@ def _fit(lm: LanguageModel, method: Trainable, unit: Unit, file: Path, progress:
     resumed = checkpoints.exists()
     host.forget_peak_memory()
     start = time.perf_counter()
-    editor = method.fit(lm, training_cases(unit), folder=checkpoints, progress=progress)
+    cases = training_cases(unit)
+    editor = method.fit(lm, cases, folder=checkpoints, progress=progress)
     took: dict[str, Any] = {"seconds": time.perf_counter() - start, "resumed": resumed}
     took |= host.about(str(lm.device))
+    took["learnt"] = judged(lm, editor, cases.train[:JUDGED], progress=progress)
     # The editor's file comes last: where it is, the fit is whole.
     write_text(file.with_suffix(".json"), json.dumps(as_json(took), indent=2) + "\n")
     editor.save(file)

@@ -71,7 +71,10 @@ COSTS = (
 most memory that was held; of a fit its steps to the best validation, seconds and memory. Seconds
 and memory differ from run to run, so a report that shows them is not the same bytes twice."""
 
-METRICS = (*COLUMNS, *(f"{IMMEDIATE}{name}" for name in COLUMNS), *STREAM, *COSTS)
+LEARNT = ("fit EA", "fit DD")
+"""Of editors that are fitted: accuracy and drawdown on cases that were learnt from."""
+
+METRICS = (*COLUMNS, *(f"{IMMEDIATE}{name}" for name in COLUMNS), *STREAM, *LEARNT, *COSTS)
 """What can be shown; `immediate.ES` is of each case right after its own batch of a stream."""
 
 FIGURES = ("line", "bar", "scatter")
