@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
 
 from errata.cli import console, options
+
+if TYPE_CHECKING:
+    from errata.jobs.edit import EditRun
 
 
 @click.command(short_help="Make a model say facts; prove it; save it.")
@@ -73,11 +77,9 @@ def edit(
     if keep_going:
         settings["keep_going"] = True
 
-    from errata.cli import tables
     from errata.jobs.cases import one_case, read_cases
     from errata.jobs.edit import run
     from errata.jobs.models import as_model
-    from errata.jobs.report import LABELS, counts, size_text
 
     if subject is not None and prompt is not None and target is not None:
         wanted = [one_case(subject, prompt, target, true)]
@@ -98,6 +100,14 @@ def edit(
             report=page,
             progress=bars,
         )
+    _show(result, all_scores)
+
+
+def _show(result: EditRun, all_scores: bool) -> None:
+    """What was written, what came of it, and where it is kept."""
+    from errata.cli import tables
+    from errata.jobs.report import LABELS, counts, size_text
+
     terminal = console.out()
     shown = result.facts[:8]
     tables.show_facts(terminal, shown)

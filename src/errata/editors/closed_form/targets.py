@@ -253,19 +253,34 @@ def _optimise(
                 active = active[going.cpu()]
                 plan = Plan.of(rows, active, n, device)
     found = torch.stack([delta.detach() for delta in deltas]).double()
-    failed, less = {}, rows.less[first].tolist()
-    for i in range(n):
-        if not (last_loss[i].isfinite() and found[i].isfinite().all()):
-            failed[i] = "its loss became NaN or infinite"
-        elif (less[i] or last_loss[i] >= config.stop_below) and last_said[i] > 0.999 * first_said[
-            i
-        ]:
-            unit = "probability" if less[i] else "nats a token"
-            failed[i] = (
-                f"its loss did not move ({first_said[i]:.2f} {unit} before, "
-                f"{last_said[i]:.2f} after)"
-            )
+    less = rows.less[first].tolist()
+    failed = {
+        i: why
+        for i in range(n)
+        if (why := _failure(found[i], less[i], first_said[i], last_said[i], last_loss[i], config))
+    }
     return Targets(found, streams, last_loss, failed)
+
+
+def _failure(
+    delta: Tensor, less: bool, first_said: Tensor, said: Tensor, loss: Tensor, config: TargetConfig
+) -> str:
+    """Why a search came to nothing; empty if it did not.
+
+    Args:
+        delta: what it found.
+        less: whether the request lowers a probability, which is then what is told.
+        first_said: the answer's loss at first.
+        said: and at last.
+        loss: all that was minimised, at last.
+        config: says below what it need not move.
+    """
+    if not (loss.isfinite() and delta.isfinite().all()):
+        return "its loss became NaN or infinite"
+    if (less or loss >= config.stop_below) and said > 0.999 * first_said:
+        unit = "probability" if less else "nats a token"
+        return f"its loss did not move ({first_said:.2f} {unit} before, {said:.2f} after)"
+    return ""
 
 
 @dataclass
