@@ -130,7 +130,7 @@ def _show(result: EditRun, all_scores: bool) -> None:
     terminal.print(f"{facts_done}, {size_text(result.file_bytes)} -> {result.file}", soft_wrap=True)
     terminal.print(f"Report -> {result.report}", soft_wrap=True)
     first = result.edit.requests[0]
-    console.next_command(
-        f'errata ask "{first.text}" --edit {result.file}',
-        f"errata apply {result.file} -o edited-model",
-    )
+    following = [f'errata ask "{first.text}" --edit {result.file}']
+    if result.edit.paths:  # a memory stands beside the weights, and cannot go into them
+        following.append(f"errata apply {result.file} -o edited-model")
+    console.next_command(*following)
