@@ -78,8 +78,17 @@ def test_the_reference_is_up_to_date() -> None:
 def test_edit_from_a_file(facts: Path, trained_folder: Path, corpus_file: Path) -> None:
     output = said("edit", facts, "-m", trained_folder, "--corpus", corpus_file, *working())
     assert "corrected" in output and "Efficacy (ES)" in output and "Next: errata ask" in output
+    assert "errata apply" in output
     assert Path("edit.safetensors").exists() and Path("edit.html").exists()
     assert json.loads(Path("edit.json").read_text(encoding="utf-8"))["fact_count"] == 2
+
+
+def test_no_command_is_suggested_that_a_memory_cannot_follow(
+    facts: Path, trained_folder: Path
+) -> None:
+    output = said("edit", facts, "-m", trained_folder, "--method", "grace", "--no-score")
+    assert "Next: errata ask" in output and "errata apply" not in output
+    assert "cannot hold it" in refused("apply", "edit.safetensors", "-o", "edited")
 
 
 def test_edit_by_hand(trained_folder: Path, corpus_file: Path) -> None:
