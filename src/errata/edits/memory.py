@@ -51,7 +51,8 @@ class MemoryEdit(Edit):
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How the memory is set; JSON values. Edits of other settings are another memory."""
     serves: tuple[tuple[int, ...], ...] = ()
-    """For each entry the numbers of the requests that it is there for; by default one each."""
+    """For each entry the numbers of the requests that it is there for; by default one each, unless
+    the tensors have no entry at all."""
     requests: tuple[Request, ...] = ()
     record: Record = field(default_factory=Record)
     shared: Shared | None = None
@@ -60,7 +61,8 @@ class MemoryEdit(Edit):
     def __post_init__(self) -> None:
         """Hold tuples and dictionaries of its own."""
         counts = {len(tensor) for tensor in self.tensors.values()}
-        serves = self.serves or tuple((i,) for i in range(len(self.requests)))
+        every = tuple((i,) for i in range(len(self.requests)))
+        serves = self.serves or (() if counts == {0} else every)  # there may be nothing to add
         if counts - {len(serves)}:
             raise ValueError(f"{len(serves)} entries with {sorted(counts)} rows of tensors.")
         if any(not 0 <= i < len(self.requests) for entry in serves for i in entry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,20 @@ def test_an_answer_that_comes_already_needs_no_neuron(trained_folder: Any) -> No
     assert edit.record.notes["neurons"][0] == 0
     assert edit.record.notes["neurons"][1] == len(edit.tensors["keys"]) > 0
     assert edit.record.notes["right"] == [True, True]
+
+
+def test_an_edit_may_have_nothing_to_do(trained_folder: Any, tmp_path: Path) -> None:
+    """As in a stream, where earlier edits may have taught the answer."""
+    lm = LanguageModel.load(trained_folder)
+    known = request("France", CAPITALS["France"])
+    edit = patcher().edit(lm, [known])
+    assert edit.nbytes == 0 and edit.requests == (known,)
+    edit.save(tmp_path / "e")
+    texts = [known.text, *SENTENCES[:3]]
+    before = says(lm, texts)
+    with load_edit(tmp_path / "e").applied(lm):
+        assert edit.is_applied(lm)
+        assert torch.equal(says(lm, texts), before)
 
 
 def test_a_stream_of_patches_stays_apart(trained_folder: Any, tmp_path: Any) -> None:
