@@ -12,10 +12,10 @@ is too long for the model is left out.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from errata.edits.edit import Edit
+from errata.edits.stack import Stack
 from errata.errors import TokenizationError
 from errata.jobs.methods import editor_for
 from errata.jobs.models import as_model
@@ -68,7 +68,7 @@ def main() -> None:
             edit.apply_(lm)
             done.append(edit)
         told(method)
-        take_back(lm, done)
+        Stack(done).undo_(lm)
 
 
 def fits(lm: LanguageModel, example: Example) -> bool:
@@ -78,12 +78,6 @@ def fits(lm: LanguageModel, example: Example) -> bool:
     except TokenizationError:
         return False
     return True
-
-
-def take_back(lm: LanguageModel, done: Sequence[Edit]) -> None:
-    """Undo a stream, the last edit first."""
-    for edit in reversed(done):
-        edit.undo_(lm)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ class MemoryEdit(Edit):
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How the memory is set; JSON values. Edits of other settings are another memory."""
     serves: tuple[tuple[int, ...], ...] = ()
-    """For each entry the numbers of the requests that it is there for; by default one each, unless
-    the tensors have no entry at all."""
+    """For each entry the numbers of the requests that it is there for."""
     requests: tuple[Request, ...] = ()
     record: Record = field(default_factory=Record)
     shared: Shared | None = None
@@ -61,13 +60,11 @@ class MemoryEdit(Edit):
     def __post_init__(self) -> None:
         """Hold tuples and dictionaries of its own."""
         counts = {len(tensor) for tensor in self.tensors.values()}
-        every = tuple((i,) for i in range(len(self.requests)))
-        serves = self.serves or (() if counts == {0} else every)  # there may be nothing to add
-        if counts - {len(serves)}:
-            raise ValueError(f"{len(serves)} entries with {sorted(counts)} rows of tensors.")
-        if any(not 0 <= i < len(self.requests) for entry in serves for i in entry):
+        if counts - {len(self.serves)}:
+            raise ValueError(f"{len(self.serves)} entries with {sorted(counts)} rows of tensors.")
+        if any(not 0 <= i < len(self.requests) for entry in self.serves for i in entry):
             raise ValueError("an entry is there for a request that the edit does not have.")
-        object.__setattr__(self, "serves", tuple(tuple(entry) for entry in serves))
+        object.__setattr__(self, "serves", tuple(tuple(entry) for entry in self.serves))
         object.__setattr__(self, "tensors", dict(self.tensors))
         object.__setattr__(self, "base", dict(self.base))
         object.__setattr__(self, "settings", dict(self.settings))
@@ -84,7 +81,7 @@ class MemoryEdit(Edit):
         requests: Sequence[Request],
         record: Record,
         settings: Mapping[str, Any] | None = None,
-        serves: Sequence[Sequence[int]] = (),
+        serves: Sequence[Sequence[int]] | None = None,
         shared: Shared | None = None,
     ) -> Self:
         """The edit that adds these entries beside `lm`'s weights at `path`.
@@ -102,6 +99,8 @@ class MemoryEdit(Edit):
         """
         settings = dict(settings or {}) | ({"shared": shared.name} if shared else {})
         base = {path: _base_hash(lm, path)}
+        if serves is None:
+            serves = [(number,) for number in range(len(requests))]
         kept = tuple(tuple(entry) for entry in serves)
         return cls(kind, path, tensors, base, settings, kept, tuple(requests), record, shared)
 

@@ -116,5 +116,6 @@ def test_what_does_not_fit_is_refused(tiny_gpt2: LanguageModel) -> None:
             {**edit.tensors, "left": narrow},
             edit.base,
             edit.settings,
-            requests=edit.requests,
+            edit.serves,
+            edit.requests,
         ).apply_(tiny_gpt2)

@@ -222,7 +222,14 @@ def key_edit_of(edit: MemoryEdit) -> MemoryEdit:
     """The same entries for another target."""
     request = edit.requests[0].__class__("The sea of {}", "Rome", "Paris")
     return MemoryEdit(
-        edit.kind, edit.path, edit.tensors, edit.base, edit.settings, (), (request,), edit.record
+        edit.kind,
+        edit.path,
+        edit.tensors,
+        edit.base,
+        edit.settings,
+        edit.serves,
+        (request,),
+        edit.record,
     )
 
 
