@@ -261,6 +261,11 @@ class Case:
     references: tuple[str, ...] = ()
     """Texts about what truly has the new target, to compare free text with (RS)."""
 
+    @property
+    def fact(self) -> tuple[str, str]:
+        """What it is about: subject and relation."""
+        return self.request.subject, self.relation
+
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """Read one record: a request's, with any of this class's fields beside.

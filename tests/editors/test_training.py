@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,15 @@ def test_the_split_is_drawn_by_the_seed() -> None:
     assert TrainingCases.split(CASES, seed=0) == divided
     assert len({TrainingCases.split(CASES, seed=s).validation for s in range(20)}) > 3
     assert len(TrainingCases.split(CASES[:2]).validation) == 1
+
+
+def test_cases_about_one_fact_are_not_divided() -> None:
+    twice = [replace(case, relation="capital", case_id=n) for case in CASES for n in ("1", "2")]
+    divided = TrainingCases.split(twice, share=0.3)
+    facts = [{case.fact for case in part} for part in (divided.train, divided.validation)]
+    assert facts[0].isdisjoint(facts[1]) and len(divided.validation) == 6
+    one = TrainingCases.split(twice[:2])
+    assert len(one.train) == len(one.validation) == 1
 
 
 @pytest.mark.parametrize("name", ["steps", "batch", "at_once", "validate_every", "clip"])

@@ -36,6 +36,16 @@ def test_readers_have_cases_with_their_checks(name: str) -> None:
         assert len(case.paraphrases) >= 3 and len(case.neighbours) == 10
 
 
+def test_redrawn_cases_give_a_fact_several_new_objects_and_no_prompt_two() -> None:
+    cases = sample_cases("pocket-redrawn", None, seed=1)
+    assert len({case.request.text for case in cases}) == len(cases) > 2 * len(pocket_cases())
+    assert len({case.case_id for case in cases}) == len(cases)
+    objects: dict[tuple[str, str], set[str]] = {}
+    for case in cases:
+        objects.setdefault((case.request.subject, case.relation), set()).add(case.request.target)
+    assert sum(len(found) for found in objects.values()) > 1.5 * len(objects)
+
+
 def test_fewer_cases_are_the_beginning() -> None:
     assert pocket_cases(5) == pocket_cases(9)[:5]
 

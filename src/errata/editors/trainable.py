@@ -16,6 +16,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -52,6 +53,9 @@ class TrainingCases:
     def split(cls, cases: Sequence[Case], *, seed: int = 0, share: float = 0.1) -> Self:
         """A share of the cases, drawn by the seed, for validation; the others to learn from.
 
+        Cases about one fact (subject and relation) stay together, so that no editor is validated
+        with a fact that it has learnt from in other words; unless there is only one fact.
+
         Raises:
             FitError: there are not two cases, one for each.
         """
@@ -62,8 +66,14 @@ class TrainingCases:
             )
         drawn = list(cases)
         random.Random(f"split {seed}").shuffle(drawn)
-        count = min(len(drawn) - 1, max(1, round(share * len(drawn))))
-        return cls(tuple(drawn[count:]), tuple(drawn[:count]))
+        facts: dict[object, list[Case]] = {}
+        for case in drawn:
+            facts.setdefault(case.fact, []).append(case)
+        groups = list(facts.values()) if len(facts) > 1 else [[case] for case in drawn]
+        validation = groups.pop(0)
+        while len(groups) > 1 and len(validation) < round(share * len(drawn)):
+            validation += groups.pop(0)
+        return cls(tuple(chain(*groups)), tuple(validation))
 
     def check(self) -> None:
         """Refuse to learn from nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -23,6 +24,14 @@ POCKET = "pocket"
 POCKET_ANY = "pocket-any-wording"
 """The same with rewrites and paraphrases in any wording, lead-ins and questions included."""
 
+REDRAWN = "pocket-redrawn"
+"""The benchmark eight times over, with other new objects and wordings each time: for editors that
+learn from cases, of which a single draw has too few. (The 900 of one draw are soon known by heart.)
+"""
+
+DRAWS = 8
+"""How many draws that is."""
+
 CLAIMS = "pocket-claims"
 """Claims about our own facts whose label is to be flipped, for classifiers like `pocket-bert`."""
 
@@ -36,6 +45,7 @@ QUESTIONS_TAUGHT = "pocket-questions-taught"
 POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     POCKET: lambda seed, count: pocket_cases(count, seed=seed),
     POCKET_ANY: lambda seed, count: pocket_cases(count, seed=seed, any_wording=True),
+    REDRAWN: lambda seed, count: redrawn_cases(count, seed=seed),
     CLAIMS: lambda seed, count: Claims(Encyclopedia.load()).cases(seed, count),
     QUESTIONS: lambda seed, count: question_cases(Encyclopedia.load(), seed, count),
     QUESTIONS_TAUGHT: lambda seed, count: question_cases(
@@ -119,8 +129,9 @@ def sample_cases(source: Path | str, count: int | None, seed: int) -> list[Case]
             f"{source} has {len(different)} cases with different prompts; {count or 1} were asked "
             "for. Lower the count."
         )
+    times = Counter(case.case_id for case in different.values())
     return [
-        replace(case, case_id=case.case_id or text)
+        replace(case, case_id=case.case_id if case.case_id and times[case.case_id] == 1 else text)
         for text, case in list(different.items())[:count]
     ]
 
@@ -131,6 +142,16 @@ def pocket_cases(
     """The benchmark made from the pocket encyclopedia, spread evenly over its relations."""
     records = Encyclopedia.load().cases(seed=seed, count=count, any_wording=any_wording)
     return counterfact.cases(records, source=POCKET)
+
+
+def redrawn_cases(count: int | None = None, *, seed: int = 0) -> list[Case]:
+    """Several draws of the benchmark, one after another; each prompt once, as it was drawn first.
+
+    Each is spread over the relations, so a smaller count has the facts of the first draws.
+    """
+    draws = (pocket_cases(seed=seed * DRAWS + number) for number in range(DRAWS))
+    different = {case.request.text: case for draw in draws for case in draw}
+    return list(islice(different.values(), count))
 
 
 def demo_cases(count: int) -> list[Case]:

@@ -60,11 +60,11 @@ def training_cases(unit: Unit) -> TrainingCases:
     data, count, clear_of = (unit.fit[name] for name in ("data", "count", "clear_of"))
     evaluated = sample_cases(unit.data, clear_of, unit.seed)
     prompts = {prompt for case in evaluated for prompt in _prompts(case)}
-    facts = {_fact(case) for case in evaluated}
+    facts = {case.fact for case in evaluated}
     others = [
         case
         for case in sample_cases(data, None, unit.seed)
-        if _fact(case) not in facts and prompts.isdisjoint(_prompts(case))
+        if case.fact not in facts and prompts.isdisjoint(_prompts(case))
     ]
     if len(others) < (count or 2):
         raise DatasetError(
@@ -143,7 +143,3 @@ def _fit(lm: LanguageModel, method: Trainable, unit: Unit, file: Path, progress:
 
 def _prompts(case: Case) -> Sequence[str]:
     return [prompt.strip() for prompt in (case.request.text, *case.paraphrases)]
-
-
-def _fact(case: Case) -> tuple[str, str | None]:
-    return case.request.subject, case.relation
