@@ -47,6 +47,15 @@ def test_edits_may_share_an_expert(experts: list[MemoryEdit]) -> None:
     assert found.right == 3
 
 
+def test_of_a_prompt_edited_twice_the_later_expert_is_drawn(
+    tiny_gpt2: LanguageModel, experts: list[MemoryEdit]
+) -> None:
+    again = expert(tiny_gpt2, TEXTS[1], 3)  # takes the place of the second edit
+    found = routes(Stack([*experts[:3], again]))
+    assert len(found.activations) == len(found.activations[0]) == 3
+    assert found.experts == (0, 1, 2) and found.right == 3
+
+
 def test_other_memories_and_weights_are_refused(
     tiny_gpt2: LanguageModel, experts: list[MemoryEdit]
 ) -> None:

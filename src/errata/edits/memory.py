@@ -336,18 +336,23 @@ class Held:
             (self._live, self._aside), self._built = before, built
 
     def _entries(self) -> tuple[Entry, ...]:
-        """The entries in order, without those for prompts that a later edit writes anew."""
+        """The entries that count, in order."""
         counting = [edit for edit in self.edits if id(edit) not in self._aside]
         if len(self._texts) == self._texts.total():  # nothing is written twice
             return tuple(entry for edit in counting for entry in edit.entries)
-        later: set[str] = set()
-        kept: list[Entry] = []
-        for edit in reversed(counting):
-            for entry in reversed(edit.entries):
-                if not all(request.text in later for request in entry.requests):
-                    kept.append(entry)
-            later.update(request.text for request in edit.requests)
-        return tuple(reversed(kept))
+        return live_entries(counting)
+
+
+def live_entries(edits: Sequence[MemoryEdit]) -> tuple[Entry, ...]:
+    """The entries of edits in order, without those for prompts that a later edit writes anew."""
+    later: set[str] = set()
+    kept: list[Entry] = []
+    for edit in reversed(edits):
+        for entry in reversed(edit.entries):
+            if not all(request.text in later for request in entry.requests):
+                kept.append(entry)
+        later.update(request.text for request in edit.requests)
+    return tuple(reversed(kept))
 
 
 @contextmanager

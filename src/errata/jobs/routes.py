@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from errata.edits.edit import Edit
 from errata.edits.memories.experts import Experts
-from errata.edits.memory import MemoryEdit
+from errata.edits.memory import MemoryEdit, live_entries
 from errata.errors import ConfigError
 from errata.jobs.figures import blank, check_figure, counted, head, save_figure, style, subtitle
 
@@ -63,12 +64,15 @@ def routes(edit: Edit) -> Routes:
             "with those of one."
         )
     ((_, threshold),) = places
-    entries = [entry for part in parts for entry in part.entries]
+    entries = live_entries(parts)
     neurons = torch.stack([entry.tensors["neurons"] for entry in entries])
-    prompts = torch.cat([e.tensors["prompts"][: len(e.requests)] for e in entries])
-    rows = Experts.activated(neurons, prompts).tolist()
-    own = [number for number, entry in enumerate(entries) for _ in entry.requests]
-    return Routes(tuple(map(tuple, rows)), tuple(own), float(threshold))
+    asked: dict[str, tuple[int, Tensor]] = {}  # of a prompt written twice, the later expert's
+    for number, entry in enumerate(entries):
+        for request, prompt in zip(entry.requests, entry.tensors["prompts"], strict=False):
+            asked[request.text] = number, prompt
+    own, prompts = zip(*asked.values(), strict=True)
+    rows = Experts.activated(neurons, torch.stack(prompts)).tolist()
+    return Routes(tuple(map(tuple, rows)), own, float(threshold))
 
 
 def routes_map(found: Routes) -> Figure:
