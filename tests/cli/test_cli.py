@@ -98,11 +98,25 @@ def test_edit_by_hand(trained_folder: Path, corpus_file: Path) -> None:
     assert "1 fact, " in output and Path("peru.html").exists()
 
 
+def test_a_fact_is_taken_away_by_hand_and_from_a_file(
+    trained_folder: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    fact = {"prompt": "The capital of {} is", "subject": "Peru", "target": "Cairo", "true": "Lima"}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact), encoding="utf-8")
+    by_hand = ["--subject", "Peru", "--prompt", "The capital of Peru is", "--true", "Lima"]
+    place = ["-m", trained_folder, "--corpus", corpus_file, "--no-score", "--layers", "0-1"]
+    for facts in by_hand, [tmp_path / "facts.jsonl"]:
+        output = said("edit", *facts, "--variant", "fact-erasure", *place, *working())
+        assert "\N{RIGHTWARDS ARROW} not Lima" in output and "Cairo" not in output
+
+
 @pytest.mark.parametrize(
     "words",
     [
         [],
         ["--subject", "France"],
+        ["--subject", "Peru", "--prompt", "{} is", "--variant", "fact-erasure"],
+        ["--cases", "pocket", "--variant", "forgetting"],
         ["--subject", "France", "--prompt", "{} is", "--target", "x", "--cases", "pocket"],
         ["absent.jsonl"],
         ["--cases", "pocket", "--set", "layers"],

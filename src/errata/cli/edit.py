@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 from rich.text import Text
 
 from errata.cli import console, options
+from errata.requests import INJECTION, VARIANTS
 
 if TYPE_CHECKING:
     from errata.jobs.edit import EditRun
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 @options.model_option()
 @options.method_options("memit")
 @options.editor_option
+@click.option(
+    "--variant",
+    type=click.Choice(list(VARIANTS)),
+    help="What to do with the facts, such as fact-erasure; those about what is true today need "
+    "--true and no --target.",
+)
 @click.option("--keep-going", is_flag=True, help="Leave out facts that fail; write the others.")
 @click.option(
     "--score/--no-score", default=True, show_default=True, help="Measure before and after."
@@ -52,6 +60,7 @@ def edit(
     pairs: tuple[str, ...],
     corpus: str | None,
     editor: Path | None,
+    variant: str | None,
     keep_going: bool,
     score: bool,
     generation: bool,
@@ -68,7 +77,11 @@ def edit(
 
     One fact can be given by hand instead, with --subject, --prompt and --target.
     """  # noqa: D301
-    by_hand = {"subject": subject, "prompt": prompt, "target": target}
+    posed = VARIANTS[variant] if variant else None
+    of_today = posed is not None and posed.target == "true"
+    if of_today and target is None:
+        target = true
+    by_hand = {"subject": subject, "prompt": prompt, "true" if of_today else "target": target}
     options.check_facts(facts, cases, by_hand)
     options.check_editor(editor, layers=layers, set=pairs, corpus=corpus, keep_going=keep_going)
     settings = options.settings(pairs)
@@ -82,9 +95,11 @@ def edit(
     from errata.jobs.models import as_model
 
     if subject is not None and prompt is not None and target is not None:
-        wanted = [one_case(subject, prompt, target, true)]
+        wanted = [one_case(subject, prompt, target, true, variant or INJECTION)]
     else:
         wanted = read_cases(facts or cases or "", count)
+        if variant:
+            wanted = [replace(case, request=case.request.posed(variant)) for case in wanted]
     page = report or out.with_suffix(".html")
     with console.progress() as bars:
         result = run(

@@ -16,7 +16,7 @@ from errata.measure.metrics import reads
 from errata.pocket.claims import Claims
 from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
 from errata.pocket.questions import question_cases
-from errata.requests import Case, Probe, Request, read_case_lines, read_jsonl
+from errata.requests import INJECTION, Case, Probe, Request, read_case_lines, read_jsonl
 
 POCKET = "pocket"
 """The name that stands for the benchmark made from our own facts."""
@@ -217,10 +217,12 @@ def _probe(encyclopedia: Encyclopedia, fact: Fact) -> Probe:
     return Probe(encyclopedia.prompt(fact, encyclopedia.split(fact).seen[0]), fact.object)
 
 
-def one_case(subject: str, prompt: str, target: str, true: str | None = None) -> Case:
+def one_case(
+    subject: str, prompt: str, target: str, true: str | None = None, variant: str = INJECTION
+) -> Case:
     """A case from the parts of one request.
 
     Raises:
         RequestError: the prompt does not name the subject exactly once, or a part is empty.
     """
-    return Case(Request.parse(prompt, subject, target, true))
+    return Case(Request.parse(prompt, subject, target, true, variant))
