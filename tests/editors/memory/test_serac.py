@@ -33,7 +33,7 @@ from errata.lm.loss import Example, answer_logits, losses, predictions
 from errata.lm.smaller import described, first_blocks, same_vocabulary
 from errata.requests import Case, Probe, Request
 from tests.conftest import CAPITALS, TEMPLATES
-from tests.editors.hypernet.capitals import capital_cases
+from tests.editors.hypernet.capitals import divided
 from tests.editors.hypernet.models import KINDS, some
 from tests.lm.families import tiny_lm
 
@@ -49,10 +49,6 @@ QUICK: dict[str, Any] = {
 
 def serac(**config: Any) -> Serac:
     return Serac(SeracConfig.from_dict(QUICK | config), Background())
-
-
-def divided() -> TrainingCases:
-    return TrainingCases.split(capital_cases(), share=0.2)
 
 
 @pytest.fixture(scope="module")
