@@ -81,6 +81,14 @@ def batch(editor: str, size: int) -> dict[str, Any]:
             {"kind": "greater", "a": batch("MEMIT", 16), "b": batch("EMMET", 16), "by": 0.3},
             "undecided",
         ),
+        (
+            {"kind": "greater", "a": batch("MEMIT", 1), "b": batch("EMMET", 1), "by": -0.02},
+            "seen",
+        ),
+        (
+            {"kind": "greater", "a": batch("EMMET", 16), "b": batch("MEMIT", 16), "by": -0.02},
+            "not seen",
+        ),
         ({"kind": "order", "of": [batch("EMMET", n) for n in (4, 16)]}, "seen"),
         ({"kind": "order", "of": [batch("EMMET", n) for n in (1, 16, 4)]}, "not seen"),
         (
@@ -92,6 +100,12 @@ def batch(editor: str, size: int) -> dict[str, Any]:
 def test_verdicts(check: dict[str, Any], verdict: str) -> None:
     (finding,) = judge(claim(check), RUNS).findings
     assert finding.verdict.removesuffix(" here") == verdict
+
+
+def test_what_need_only_not_be_smaller_is_told_so() -> None:
+    check = {"kind": "greater", "a": batch("MEMIT", 1), "b": batch("EMMET", 1), "by": -0.02}
+    (finding,) = judge(claim(check), RUNS).findings
+    assert finding.evidence[0].says == "no less"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ A claim is about the difference of a metric between two cells, and is judged by 
 - *undecided* if the interval holds both, or something is not measured.
 
 "equal" asks for a difference of at most `within`, either way; "greater" for one of more than
-`by`; "order" for each to be greater than the next. "equal until" asks for two to be equal at the
-smallest value of a field, and no longer at a larger one: the two are then on a par up to the last
-value before that.
+`by`, which is negative where it need only not be smaller by that; "order" for each to be greater
+than the next. "equal until" asks for two to be equal at the smallest value of a field, and no
+longer at a larger one: the two are then on a par up to the last value before that.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SIGNS: dict[Verdict, tuple[str, str]] = {
 
 
 _GREATER: dict[Verdict, str] = {"seen here": "greater", "not seen here": "not greater"}
+_NOT_LESS: dict[Verdict, str] = {"seen here": "no less", "not seen here": "less"}
 _EQUAL: dict[Verdict, str] = {"seen here": "on a par", "not seen here": "apart"}
 WORDS = {"greater": _GREATER, "order": _GREATER, "equal": _EQUAL, "equal until": _EQUAL}
 """Kind of check -> what its verdict on one difference is called."""
@@ -161,7 +162,8 @@ def _evidence(check: Check, first: Cell | None, second: Cell | None, what: str) 
         verdict = _equal(found, check.within)
     else:
         verdict = _greater(found, check.by)
-    return Evidence(what, first, second, found, verdict, WORDS[check.kind].get(verdict, verdict))
+    words = _NOT_LESS if check.by < 0 else WORDS[check.kind]
+    return Evidence(what, first, second, found, verdict, words.get(verdict, verdict))
 
 
 def _equal(found: Difference | None, within: float) -> Verdict:

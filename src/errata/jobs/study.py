@@ -35,6 +35,7 @@ divides a stream. As in the rest of the file, what is not known is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -199,8 +200,8 @@ class Check:
             a=section.chosen("a"),
             b=section.chosen("b"),
             of=section.order("of"),
-            within=section.size("within"),
-            by=section.size("by"),
+            within=section.number("within", least=0),
+            by=section.number("by"),
             along=next(iter(section.names("along", FIELDS, single=True)), ""),
         )
 
@@ -305,10 +306,11 @@ class _Section(Fields):
             )
         return value
 
-    def size(self, name: str) -> float:
+    def number(self, name: str, *, least: float = -math.inf) -> float:
         value = self.values.get(name, 0.0)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-            raise ConfigError(f"{self.where}: `{name}` is a number from 0, not {value!r}.")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= least:
+            kind = "a number" if least == -math.inf else f"a number from {least:g}"
+            raise ConfigError(f"{self.where}: `{name}` is {kind}, not {value!r}.")
         return float(value)
 
     def chosen(self, name: str) -> Where:
