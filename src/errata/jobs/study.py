@@ -200,8 +200,8 @@ class Check:
             a=section.chosen("a"),
             b=section.chosen("b"),
             of=section.order("of"),
-            within=section.number("within", least=0),
-            by=section.number("by"),
+            within=section.amount("within", least=0),
+            by=section.amount("by"),
             along=next(iter(section.names("along", FIELDS, single=True)), ""),
         )
 
@@ -306,7 +306,7 @@ class _Section(Fields):
             )
         return value
 
-    def number(self, name: str, *, least: float = -math.inf) -> float:
+    def amount(self, name: str, *, least: float = -math.inf) -> float:
         value = self.values.get(name, 0.0)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= least:
             kind = "a number" if least == -math.inf else f"a number from {least:g}"
