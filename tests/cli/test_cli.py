@@ -108,6 +108,8 @@ def test_a_fact_is_taken_away_by_hand_and_from_a_file(
     for facts in by_hand, [tmp_path / "facts.jsonl"]:
         output = said("edit", *facts, "--variant", "fact-erasure", *place, *working())
         assert "\N{RIGHTWARDS ARROW} not Lima" in output and "Cairo" not in output
+    told = refused("edit", *by_hand, "--variant", "forgetting")
+    assert "no variant 'forgetting'" in told and "fact-erasure" in told
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,6 @@ def test_a_fact_is_taken_away_by_hand_and_from_a_file(
         [],
         ["--subject", "France"],
         ["--subject", "Peru", "--prompt", "{} is", "--variant", "fact-erasure"],
-        ["--cases", "pocket", "--variant", "forgetting"],
         ["--subject", "France", "--prompt", "{} is", "--target", "x", "--cases", "pocket"],
         ["absent.jsonl"],
         ["--cases", "pocket", "--set", "layers"],

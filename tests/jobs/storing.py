@@ -6,6 +6,7 @@ import os
 import random
 import time
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 
 from errata.jobs.store import Row, Store
 from errata.measure.metrics import Estimate
@@ -42,13 +43,22 @@ def row_of(number: int, cases: int = 30) -> Row:
     )
 
 
-def work(path: str, count: int, told: str, computed: str | None = None) -> None:
+def work(
+    path: str,
+    count: int,
+    told: str,
+    computed: str | None = None,
+    together: Barrier | None = None,
+) -> None:
     """Compute units 0 to count - 1, each unless it is done or taken, until all are done.
 
     The key of each row goes to the file `told` once it is stored, and to `computed` once it is
-    computed; then comes a pause, so that another process finds units taken.
+    computed; then comes a pause, so that another process finds units taken. With `together` no
+    process begins before all have come.
     """
     with Store(path) as store:
+        if together is not None:
+            together.wait(60)
         while len(store.statuses()) < count:
             for key in map(key_of, range(count)):
                 if not store.claim(key):

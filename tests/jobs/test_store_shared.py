@@ -100,7 +100,10 @@ def test_a_claim_stays_alive_while_its_unit_is_computed(path: Path) -> None:
 def test_two_processes_compute_each_unit_once(path: Path, tmp_path: Path) -> None:
     computed, count = tmp_path / "computed", 50
     told = [tmp_path / "one", tmp_path / "two"]
-    workers = [started(storing.work, str(path), count, str(file), str(computed)) for file in told]
+    together = multiprocessing.get_context("forkserver").Barrier(2)
+    workers = [
+        started(storing.work, str(path), count, str(file), str(computed), together) for file in told
+    ]
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import click
 from rich.text import Text
 
 from errata.cli import console, options
-from errata.requests import INJECTION, VARIANTS
 
 if TYPE_CHECKING:
     from errata.jobs.edit import EditRun
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 @options.editor_option
 @click.option(
     "--variant",
-    type=click.Choice(list(VARIANTS)),
-    help="What to do with the facts, such as fact-erasure; those about what is true today need "
+    metavar="PROBLEM",
+    help="What to do with the facts, such as fact-erasure; what is about today's answer needs "
     "--true and no --target.",
 )
 @click.option("--keep-going", is_flag=True, help="Leave out facts that fail; write the others.")
@@ -77,8 +75,7 @@ def edit(
 
     One fact can be given by hand instead, with --subject, --prompt and --target.
     """  # noqa: D301
-    posed = VARIANTS[variant] if variant else None
-    of_today = posed is not None and posed.target == "true"
+    of_today = variant is not None and _is_of_today(variant)
     if of_today and target is None:
         target = true
     by_hand = {"subject": subject, "prompt": prompt, "true" if of_today else "target": target}
@@ -90,16 +87,15 @@ def edit(
     if keep_going:
         settings["keep_going"] = True
 
-    from errata.jobs.cases import one_case, read_cases
+    from errata.jobs.cases import one_case, posed, read_cases
     from errata.jobs.edit import run
     from errata.jobs.models import as_model
 
     if subject is not None and prompt is not None and target is not None:
-        wanted = [one_case(subject, prompt, target, true, variant or INJECTION)]
+        wanted = [one_case(subject, prompt, target, true, variant)]
     else:
         wanted = read_cases(facts or cases or "", count)
-        if variant:
-            wanted = [replace(case, request=case.request.posed(variant)) for case in wanted]
+        wanted = posed(wanted, variant) if variant else wanted
     page = report or out.with_suffix(".html")
     with console.progress() as bars:
         result = run(
@@ -116,6 +112,13 @@ def edit(
             progress=bars,
         )
     _show(result, all_scores)
+
+
+def _is_of_today(variant: str) -> bool:
+    """Whether a problem is about what is true today."""
+    from errata.jobs.cases import is_of_today
+
+    return is_of_today(variant)
 
 
 def _show(result: EditRun, all_scores: bool) -> None:
