@@ -57,6 +57,17 @@ VARIANTS: Mapping[str, Variant] = {
 }
 
 
+def variant_named(name: str) -> Variant:
+    """What a variant means.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    if name not in VARIANTS:
+        raise RequestError(f"there is no variant {name!r}; there are {', '.join(VARIANTS)}.")
+    return VARIANTS[name]
+
+
 @dataclass(frozen=True)
 class Request:
     """One statement to write: after `text`, the model should say `target`.
@@ -100,10 +111,6 @@ class Request:
                 f"the prompt {self.prompt!r} has {slots} slots '{{}}'; it needs exactly one, where "
                 f"the subject {self.subject!r} stands."
             )
-        if self.variant not in VARIANTS:
-            raise RequestError(
-                f"there is no variant {self.variant!r}; there are {', '.join(VARIANTS)}."
-            )
         if self.problem.target == "true" and self.true is None:
             raise RequestError(
                 f"{self.variant} is about what the model says today; give it as 'true' for "
@@ -118,7 +125,7 @@ class Request:
     @property
     def problem(self) -> Variant:
         """What the variant means."""
-        return VARIANTS[self.variant]
+        return variant_named(self.variant)
 
     @property
     def wish(self) -> str:
@@ -138,7 +145,7 @@ class Request:
         Raises:
             RequestError: there is no such variant, or what is true is not known.
         """
-        if target is None and variant in VARIANTS and VARIANTS[variant].target == "true":
+        if target is None and variant_named(variant).target == "true":
             target = self.true
         return replace(self, variant=variant, target=self.target if target is None else target)
 

@@ -108,6 +108,8 @@ def test_a_fact_is_taken_away_by_hand_and_from_a_file(
     for facts in by_hand, [tmp_path / "facts.jsonl"]:
         output = said("edit", *facts, "--variant", "fact-erasure", *place, *working())
         assert "\N{RIGHTWARDS ARROW} not Lima" in output and "Cairo" not in output
+    unknown = [*by_hand[:-1], "Oslo", "--variant", "fact-erasure", "-m", trained_folder]
+    assert "1 of 1 facts cannot be posed as fact-erasure" in refused("edit", *unknown)
     told = refused("edit", *by_hand, "--variant", "forgetting")
     assert "no variant 'forgetting'" in told and "fact-erasure" in told
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @click.option(
     "--variant",
     metavar="PROBLEM",
-    help="What to do with the facts, such as fact-erasure; what is about today's answer needs "
-    "--true and no --target.",
+    help="What to do with the facts, such as fact-erasure. All but error-injection need --true "
+    "and no --target.",
 )
 @click.option("--keep-going", is_flag=True, help="Leave out facts that fail; write the others.")
 @click.option(
@@ -75,10 +75,10 @@ def edit(
 
     One fact can be given by hand instead, with --subject, --prompt and --target.
     """  # noqa: D301
-    of_today = variant is not None and _is_of_today(variant)
-    if of_today and target is None:
-        target = true
-    by_hand = {"subject": subject, "prompt": prompt, "true" if of_today else "target": target}
+    if variant is None or _needs_target(variant):
+        by_hand = {"subject": subject, "prompt": prompt, "target": target}
+    else:
+        by_hand, target = {"subject": subject, "prompt": prompt, "true": true}, true
     options.check_facts(facts, cases, by_hand)
     options.check_editor(editor, layers=layers, set=pairs, corpus=corpus, keep_going=keep_going)
     settings = options.settings(pairs)
@@ -87,20 +87,21 @@ def edit(
     if keep_going:
         settings["keep_going"] = True
 
-    from errata.jobs.cases import one_case, posed, read_cases
+    from errata.jobs.cases import one_case, read_cases
     from errata.jobs.edit import run
     from errata.jobs.models import as_model
+    from errata.jobs.variants import all_posed
 
     if subject is not None and prompt is not None and target is not None:
-        wanted = [one_case(subject, prompt, target, true, variant)]
+        wanted = [one_case(subject, prompt, target, true)]
     else:
         wanted = read_cases(facts or cases or "", count)
-        wanted = posed(wanted, variant) if variant else wanted
     page = report or out.with_suffix(".html")
     with console.progress() as bars:
+        lm = as_model(model, dtype=dtype, device=device)
         result = run(
-            as_model(model, dtype=dtype, device=device),
-            wanted,
+            lm,
+            all_posed(lm, wanted, variant) if variant else wanted,
             method=method,
             settings=settings,
             corpus=corpus,
@@ -114,11 +115,11 @@ def edit(
     _show(result, all_scores)
 
 
-def _is_of_today(variant: str) -> bool:
-    """Whether a problem is about what is true today."""
-    from errata.jobs.cases import is_of_today
+def _needs_target(variant: str) -> bool:
+    """Whether a problem wants a new answer."""
+    from errata.jobs.variants import needs_target
 
-    return is_of_today(variant)
+    return needs_target(variant)
 
 
 def _show(result: EditRun, all_scores: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from errata.errors import DatasetError, RequestError, RequestFileError
+from errata.errors import DatasetError, RequestFileError
 from errata.measure import datasets
 from errata.measure.datasets import counterfact
 from errata.measure.datasets.hub import PREFIX as HUB
@@ -16,7 +16,7 @@ from errata.measure.metrics import reads
 from errata.pocket.claims import Claims
 from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
 from errata.pocket.questions import question_cases
-from errata.requests import INJECTION, VARIANTS, Case, Probe, Request, read_case_lines, read_jsonl
+from errata.requests import Case, Probe, Request, read_case_lines, read_jsonl
 
 POCKET = "pocket"
 """The name that stands for the benchmark made from our own facts."""
@@ -217,32 +217,10 @@ def _probe(encyclopedia: Encyclopedia, fact: Fact) -> Probe:
     return Probe(encyclopedia.prompt(fact, encyclopedia.split(fact).seen[0]), fact.object)
 
 
-def one_case(
-    subject: str, prompt: str, target: str, true: str | None = None, variant: str | None = None
-) -> Case:
+def one_case(subject: str, prompt: str, target: str, true: str | None = None) -> Case:
     """A case from the parts of one request.
 
     Raises:
         RequestError: the prompt does not name the subject exactly once, or a part is empty.
     """
-    return Case(Request.parse(prompt, subject, target, true, variant or INJECTION))
-
-
-def is_of_today(variant: str) -> bool:
-    """Whether a problem is about what is true today, so that it needs no new target.
-
-    Raises:
-        RequestError: there is no such problem.
-    """
-    if variant not in VARIANTS:
-        raise RequestError(f"there is no variant {variant!r}; there are {', '.join(VARIANTS)}.")
-    return VARIANTS[variant].target == "true"
-
-
-def posed(cases: Sequence[Case], variant: str) -> list[Case]:
-    """The same facts as another problem.
-
-    Raises:
-        RequestError: there is no such problem, or a request does not say what is true.
-    """
-    return [replace(case, request=case.request.posed(variant)) for case in cases]
+    return Case(Request.parse(prompt, subject, target, true))

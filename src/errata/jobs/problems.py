@@ -29,7 +29,7 @@ from errata.jobs.versus import Editing, Effects, Versus, effects, located
 from errata.lm.load import LanguageModel
 from errata.locate.traces import Skipped
 from errata.progress import Progress, silent
-from errata.requests import VARIANTS, Case, Request
+from errata.requests import VARIANTS, Case, Request, variant_named
 
 logger = logging.getLogger(__name__)
 
@@ -213,8 +213,7 @@ def _together(
 
 def _check(methods: Sequence[str], variants: Sequence[str]) -> None:
     for variant in variants:
-        if variant not in VARIANTS:
-            raise RequestError(f"there is no variant {variant!r}; there are {', '.join(VARIANTS)}.")
+        variant_named(variant)
     for method in methods:
         if unable := [v for v in variants if v not in method_named(method).editor.variants]:
             raise ConfigError(f"{method} cannot do {', '.join(unable)}; choose other variants.")

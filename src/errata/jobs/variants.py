@@ -16,7 +16,7 @@ from errata.lm.tokens import encode_answers
 from errata.locate.traces import Skipped
 from errata.measure.metrics import reads
 from errata.measure.shares import Question, probabilities
-from errata.requests import VARIANTS, Case, Request
+from errata.requests import Case, Request, variant_named
 
 WRITTEN = 36
 """Tokens that the model writes, in which what is true must stand."""
@@ -44,14 +44,13 @@ def posed(
         RequestError: there is no such variant.
         ConfigError: the model is not a decoder.
     """
-    if variant not in VARIANTS:
-        raise RequestError(f"there is no variant {variant!r}; there are {', '.join(VARIANTS)}.")
+    problem = variant_named(variant)
     known, skipped = _known(lm, cases)
     found = []
     for case in known:
         request = case.request
         target = None
-        if VARIANTS[variant].target == "hidden":
+        if problem.target == "hidden":
             target = _said_behind_noise(lm, request)
             if not target or reads(target, str(request.true)):
                 why = f"after {request.text!r} the model says {target!r} behind noise too."
@@ -59,6 +58,29 @@ def posed(
                 continue
         found.append(replace(case, request=request.posed(variant, target=target)))
     return found, skipped
+
+
+def needs_target(variant: str) -> bool:
+    """Whether a problem wants a new answer, which nobody but the user knows.
+
+    Raises:
+        RequestError: there is no such problem.
+    """
+    return variant_named(variant).target == "new"
+
+
+def all_posed(lm: LanguageModel, cases: Sequence[Case], variant: str) -> list[Case]:
+    """`posed`, of facts that were all asked for.
+
+    Raises:
+        RequestError: also if one of them cannot be posed so.
+    """
+    found, skipped = posed(lm, cases, variant)
+    if skipped:
+        raise RequestError(
+            f"{len(skipped)} of {len(cases)} facts cannot be posed as {variant}: {skipped[0].why}"
+        )
+    return found
 
 
 def _said_behind_noise(lm: LanguageModel, request: Request) -> str:
