@@ -9,6 +9,8 @@ import pytest
 
 from errata.errors import RequestError, RequestFileError
 from errata.jobs.cases import (
+    PASSAGES,
+    PASSAGES_TAUGHT,
     demo_cases,
     one_case,
     pocket_cases,
@@ -34,6 +36,19 @@ def test_readers_have_cases_with_their_checks(name: str) -> None:
     assert cases == read_cases(name)[:20]
     for case in sample_cases(name, 20, seed=1):
         assert len(case.paraphrases) >= 3 and len(case.neighbours) == 10
+
+
+def test_passages_go_on_as_they_do_and_those_that_are_learnt_from_are_about_others() -> None:
+    cases, taught = (sample_cases(name, None, 1) for name in (PASSAGES, PASSAGES_TAUGHT))
+    assert len(cases) > 500 and len(taught) > 500
+    for case in cases[:50]:
+        assert len(case.request.text.split()) == 40 and len(case.request.target.split()) == 10
+        assert all(case.request.text.endswith(shorter) for shorter in case.paraphrases)
+        assert all(probe.prompt != case.request.text for probe in case.neighbours)
+    # A passage begins with its subject's name.
+    first, others = ({case.request.text.split(" is ")[0] for case in c} for c in (cases, taught))
+    assert first and others and not first & others
+    assert read_cases(PASSAGES, 5) == read_cases(PASSAGES)[:5]
 
 
 def test_redrawn_cases_give_a_fact_several_new_objects_and_no_prompt_two() -> None:

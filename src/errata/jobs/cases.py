@@ -10,10 +10,11 @@ from pathlib import Path
 
 from errata.errors import DatasetError, RequestFileError
 from errata.measure import datasets
-from errata.measure.datasets import counterfact
+from errata.measure.datasets import counterfact, wikitext
 from errata.measure.datasets.hub import PREFIX as HUB
 from errata.measure.metrics import reads
 from errata.pocket.claims import Claims
+from errata.pocket.corpus import passages
 from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
 from errata.pocket.questions import question_cases
 from errata.requests import Case, Probe, Request, read_case_lines, read_jsonl
@@ -42,6 +43,13 @@ fitted learn from `QUESTIONS_TAUGHT`, which is about other facts."""
 QUESTIONS_TAUGHT = "pocket-questions-taught"
 """The same about the facts that the decoders which answer questions were tuned on."""
 
+PASSAGES = "pocket-passages"
+"""Passages about our own subjects to go on with, in WikiText's form; those that are fitted learn
+from `PASSAGES_TAUGHT`, which is about other subjects."""
+
+PASSAGES_TAUGHT = "pocket-passages-taught"
+"""The same about the other half of the subjects."""
+
 POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     POCKET: lambda seed, count: pocket_cases(count, seed=seed),
     POCKET_ANY: lambda seed, count: pocket_cases(count, seed=seed, any_wording=True),
@@ -51,6 +59,8 @@ POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     QUESTIONS_TAUGHT: lambda seed, count: question_cases(
         Encyclopedia.load(), seed, count, part="taught"
     ),
+    PASSAGES: lambda seed, count: passage_cases(count, seed=seed),
+    PASSAGES_TAUGHT: lambda seed, count: passage_cases(count, seed=seed, taught=True),
 }
 """What these names stand for: the first `count` cases that a seed draws, or all."""
 
@@ -152,6 +162,12 @@ def redrawn_cases(count: int | None = None, *, seed: int = 0) -> list[Case]:
     draws = (pocket_cases(seed=seed * DRAWS + number) for number in range(DRAWS))
     different = {case.request.text: case for draw in draws for case in draw}
     return list(islice(different.values(), count))
+
+
+def passage_cases(count: int | None = None, *, seed: int = 0, taught: bool = False) -> list[Case]:
+    """Passages to go on with as they do, several about each subject of a half."""
+    lines = passages(Encyclopedia.load(), seed, taught=taught, rounds=DRAWS)
+    return wikitext.continuations(lines, count, source=PASSAGES_TAUGHT if taught else PASSAGES)
 
 
 def demo_cases(count: int) -> list[Case]:

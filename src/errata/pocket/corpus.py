@@ -61,3 +61,23 @@ class Corpus:
         yield from source.openings
         yield from source.sentences
         yield from source.extra
+
+
+def passages(encyclopedia: Encyclopedia, seed: int, *, taught: bool, rounds: int) -> Iterator[str]:
+    """Passages about half of the subjects, as models read them, each round in another order.
+
+    Args:
+        encyclopedia: the facts.
+        seed: of the order, and of what is said in which words.
+        taught: the half that learnt editors may be fitted with; else the other one.
+        rounds: how many passages about each subject.
+    """
+    half = [
+        subject
+        for subject in encyclopedia.about
+        if (stable_random("passage", subject).random() < 0.5) is taught
+    ]
+    rng = stable_random("passages", seed, taught)
+    for _ in range(rounds):
+        for subject in rng.sample(half, len(half)):
+            yield encyclopedia.passage(subject, rng)

@@ -10,7 +10,8 @@ passages with `<unk>` are passed over.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from errata.errors import DatasetError
@@ -48,7 +49,16 @@ def read(source: Path | str, limit: int | None = None) -> list[Case]:
             lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"cannot read {source}: {error}") from error
-    passages = list(_passages(lines))[: None if limit is None else limit + 1]
+    return continuations(lines, limit, source=str(source))
+
+
+def continuations(lines: Iterable[str], limit: int | None = None, *, source: str) -> list[Case]:
+    """The first `limit` cases of paragraphs, a line each, of which short ones are passed over.
+
+    Raises:
+        DatasetError: fewer than two are long enough; `source` is what the message calls them.
+    """
+    passages = list(islice(_passages(lines), None if limit is None else limit + 1))
     if len(passages) < 2:
         raise DatasetError(
             f"{source} has {len(passages)} passages of {PASSAGE + CONTINUATION} words without "
@@ -66,7 +76,7 @@ def plain(line: str) -> str:
     return text
 
 
-def _passages(lines: list[str]) -> Iterator[list[str]]:
+def _passages(lines: Iterable[str]) -> Iterator[list[str]]:
     """The first words of each paragraph that is long enough; headings are none."""
     for line in lines:
         words = plain(line).split(" ")[: PASSAGE + CONTINUATION]
