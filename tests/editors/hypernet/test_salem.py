@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,14 @@ import torch
 
 from errata.editors.background import Background
 from errata.editors.fitted import load_editor
-from errata.editors.hypernet.salem import Salem, SalemConfig
+from errata.editors.hypernet.salem import Salem, SalemConfig, editing_set_saliency
 from errata.errors import ConfigError, FitError
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, losses
-from errata.locate.saliency import Saliency
+from errata.locate.saliency import Saliency, saliency
 from errata.requests import Request
 from tests.conftest import TEMPLATES
-from tests.editors.hypernet.capitals import QUICK, divided
+from tests.editors.hypernet.capitals import QUICK, capital_cases, divided
 
 REQUEST = Request(TEMPLATES[0], "France", "Rome", "Paris")
 SHORT = QUICK | {"training": {"steps": 2, "validate_every": 1, "validation": 2}}
@@ -68,6 +69,34 @@ def test_the_most_salient_blocks_are_edited_and_the_profile_is_kept(
         kept = Saliency.from_dict(edit.record.notes["fit"]["saliency"])
         assert kept.layers == pytest.approx(profile, rel=1e-4)
         assert kept.examples == 3 * len(divided().train)
+
+
+def test_standardised_saliency_compares_with_what_must_stay(lm: LanguageModel) -> None:
+    cases = divided()
+    editor = salem(standardised=True).fit(lm, cases)
+    kept = Saliency.from_dict(editor.fit.notes["saliency"])
+    neutral = [
+        Example(probe.prompt, probe.answer)
+        for case in cases.train
+        for probe in case.neighbours[: 1 + len(case.paraphrases)]
+    ]
+    examples = [
+        Example(prompt, case.request.target)
+        for case in cases.train
+        for prompt in (case.request.text, *case.paraphrases)
+    ]
+    own = saliency(lm, examples, neutral=neutral, modules="mlp")
+    assert kept.standardised == own.standardised and kept.layers == own.layers
+    assert editor.config.layers == own.best(standardised=True)
+    naive = salem().fit(lm, cases)
+    assert naive.config.layers == own.best()
+    assert naive.fit.notes["saliency"]["standardised"] is None
+
+
+def test_standardised_saliency_needs_something_that_must_stay(lm: LanguageModel) -> None:
+    cases = [replace(case, neighbours=()) for case in capital_cases()[:4]]
+    with pytest.raises(ConfigError, match="no standard deviation"):
+        editing_set_saliency(lm, cases, standardised=True)
 
 
 def test_named_layers_are_edited_as_they_are(lm: LanguageModel) -> None:

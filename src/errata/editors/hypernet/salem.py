@@ -4,6 +4,9 @@
 every prompt with the answer that is wanted there, say how salient each block is (section 3.2,
 equations 2 to 5, `locate.saliency`); MEND's network is then fitted to the K most salient blocks
 alone (section 3.3).
+
+Gradients may be large in a block whatever the example. `standardised` therefore compares those of
+the editing set with those of what must stay, as Levin et al. (2022) do, whose saliency it is.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from errata.editors.hypernet.network import NetworkConfig, NetworkEditor, fit_network
 from errata.editors.trainable import Fit, Trainable, TrainingCases
-from errata.editors.wordings import wordings
+from errata.editors.wordings import neighbours, wordings
 from errata.errors import ConfigError
 from errata.lm.load import LanguageModel
 from errata.locate.saliency import Saliency, saliency
@@ -30,6 +33,9 @@ class SalemConfig(NetworkConfig):
 
     count: int = 1
     """K: how many blocks are edited."""
+    standardised: bool = False
+    """Choose by how far a block's saliency lies above that of what must stay, in its standard
+    deviations, rather than by the saliency itself."""
 
     def __post_init__(self) -> None:
         """Refuse to choose nothing."""
@@ -69,12 +75,15 @@ class Salem(Trainable):
     ) -> FittedSalem:
         """Find the salient blocks, then train the network (see `Trainable.fit`)."""
         cases.check()
-        profile = editing_set_saliency(lm, cases.train, progress=progress)
+        standardised = self.config.standardised
+        profile = editing_set_saliency(
+            lm, cases.train, standardised=standardised, progress=progress
+        )
         layers = self.config.layers and self.layers(lm)
         return FittedSalem(
             *fit_network(
                 lm,
-                layers or sorted(profile.best(self.config.count)),
+                layers or sorted(profile.best(self.config.count, standardised=standardised)),
                 cases,
                 self.config,
                 folder=folder,
@@ -89,8 +98,22 @@ class Salem(Trainable):
 
 
 def editing_set_saliency(
-    lm: LanguageModel, cases: Sequence[Case], *, progress: Progress = silent
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    *,
+    standardised: bool = False,
+    progress: Progress = silent,
 ) -> Saliency:
-    """The saliency of each block's MLP for all that is to be corrected, in every wording."""
-    examples = [example for case in cases for example in wordings(case)]
-    return saliency(lm, examples, modules="mlp", progress=progress)
+    """The saliency of each block's MLP for all that is to be corrected, in every wording.
+
+    Standardised values compare with as many neighbours of each case, where there are so many.
+
+    Raises:
+        ConfigError: they are asked for, and the cases have fewer than two neighbours.
+    """
+    examples, kept = [], []
+    for case in cases:
+        examples += wordings(case)
+        kept += neighbours(case)[: len(wordings(case))]
+    neutral = kept if standardised else None
+    return saliency(lm, examples, neutral=neutral, modules="mlp", progress=progress)
