@@ -11,11 +11,11 @@ from torch.testing import assert_close
 from errata.errors import ConfigError, NotFiniteError, RequestError, TokenizationError
 from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, losses, predictions
+from errata.lm.loss import Example, beginnings, losses, predictions
 from errata.lm.tokens import encode, encode_answers, encode_masked, encode_requests
 from errata.lm.weights import weight_out_in
 from errata.requests import Request
-from tests.lm.families import OTHERS, VOCABULARY, decode, tiny_lm
+from tests.lm.families import OTHERS, VARIANTS, VOCABULARY, decode, tiny_lm
 
 MASKED = ("bert", "roberta", "distilbert")
 LABELLED = ("bert-labels", "roberta-labels", "distilbert-labels")
@@ -248,6 +248,28 @@ def test_predictions_of_a_decoder_are_its_continuations() -> None:
     lm, prompts = model("gpt2"), ["The capital of France is", "Rivers"]
     written = complete(lm, prompts, new_tokens=5)
     assert predictions(lm, prompts, new_tokens=5) == [text.strip() for text in written]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *ANSWERING])
+def test_one_pass_tells_how_what_is_written_begins(variant: str) -> None:
+    lm = model(variant)
+    prompts = ["The capital of France is", "Rivers flow to", "Vienna", "Goethe wrote the"]
+    written = predictions(lm, prompts, new_tokens=8)
+    examples, whole = [], []
+    for prompt, text in zip(prompts, written, strict=True):
+        words = text.split()
+        for answer in (" ".join(words[:2]), " ".join([*words[:1], "Lima"]), "Lima", text, text[:3]):
+            if answer.strip():
+                examples.append(Example(prompt, answer))
+                whole.append(text)
+    begun = beginnings(lm, examples, batch_tokens=64)
+    for one, text in zip(begun, whole, strict=True):
+        # Eight tokens may end before what follows an answer of eight.
+        shorter = min(len(one.text.strip()), len(text))
+        assert text[:shorter] == one.text.strip()[:shorter]
+        assert not one.ended or one.text.strip() == text
+    assert any(one.text.strip() for one in begun)
+    assert beginnings(lm, []) == []
 
 
 @pytest.mark.parametrize("variant", LABELLED)

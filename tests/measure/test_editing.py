@@ -11,6 +11,7 @@ from errata.errors import NotFiniteError
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, losses, predictions
 from errata.lm.weights import weight_out_in
+from errata.measure import editing
 from errata.measure.editing import (
     COMPARISONS,
     Answered,
@@ -155,6 +156,19 @@ def test_cases_are_compared_with_the_unedited_model(kind: str) -> None:
             assert told["Average"] == pytest.approx(sum(three) / 3)
     summary = Scores(tuple({"metrics": one} for one in found)).summary()
     assert [name for name in COLUMNS if name in summary] == list(summary) and summary["EA"].n == 3
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
+def test_what_need_not_be_written_out_is_what_would_be_written(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm(kind)
+    cases = cases_of(lm)
+    told = [old.said for old in unedited(lm, cases, COMPARISONS)]
+    monkeypatch.setattr(editing, "reads_already", lambda *_, **__: None)
+    assert [old.said for old in unedited(lm, cases, COMPARISONS)] == told
+    monkeypatch.setattr(editing, "predictions", lambda _, prompts, **__: [""] * len(prompts))
+    assert not any(any(old.said) for old in unedited(lm, cases, COMPARISONS))
 
 
 def test_what_it_says_by_itself_counts_for_the_answers(tiny_gpt2: LanguageModel) -> None:

@@ -42,6 +42,37 @@ def test_a_reader_reads_the_answer(text: str, answer: str, says: bool) -> None:
     assert metrics.reads(text, answer) is says
 
 
+TOLD = (
+    "Rome, of course",
+    "Romeo and Juliet",
+    "New York 's",
+    "do not",
+    "São Paulo",
+    " Rome",
+    "R",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", TOLD)
+@pytest.mark.parametrize("answer", ["Rome", "New York", "do", "São", "Romeo and", "Lima"])
+def test_the_beginning_of_a_text_tells_nothing_that_the_whole_denies(
+    text: str, answer: str
+) -> None:
+    whole = metrics.reads(text, answer)
+    assert metrics.reads_already(text, answer, ended=True) is whole
+    known = [metrics.reads_already(text[:n], answer, ended=False) for n in range(len(text) + 1)]
+    assert set(known) <= {None, whole} and known[0] is None
+    first = next((n for n, told in enumerate(known) if told is not None), len(known))
+    # Once told it stays told, and what cannot become the answer is told at once.
+    assert None not in known[first:]
+    if text and text.strip()[0] != answer[0]:
+        assert known[-1] is False
+    # Half a letter is none yet.
+    assert metrics.reads_already("S\ufffd", "São", ended=False) is None
+    assert metrics.reads_already("Rome\ufffd", "Rome", ended=False) is None
+
+
 def test_fluency_of_distinct_words_is_the_logarithm_of_their_number() -> None:
     words = " ".join(f"w{i}" for i in range(18))  # 17 bigrams, 16 trigrams, all different
     assert metrics.fluency([words]) == pytest.approx(math.log2(17) / 3 + 2 * math.log2(16) / 3)

@@ -72,7 +72,7 @@ def complete(
         limits = [min(limit, lm.max_length) for limit in limits]
         written = _write(lm, [rows[i] for i in group], limits, top_k, generator)
         for i, ids in zip(group, written, strict=True):
-            texts[i] = _decoded(lm, rows[i], ids)
+            texts[i] = decoded(lm, rows[i], ids)
     return texts
 
 
@@ -95,7 +95,7 @@ def complete_hidden(
     """
     lm.require_decoder("going on from a text")
     rows = encode_requests(lm, requests, target=False)
-    stops = set(_ends(lm).tolist())
+    stops = set(end_tokens(lm).tolist())
     texts = []
     for request, row in zip(requests, rows, strict=True):
         veil = Hidden.of(lm, request, row, noise=noise)
@@ -107,7 +107,7 @@ def complete_hidden(
                 logits = logits_at(lm, pad(lm, [ids]), first, last, [end])
             _check(lm, logits)
             ids.append(int(logits.argmax()))
-        texts.append(_decoded(lm, row.ids, _until(ids[len(row.ids) :], stops)))
+        texts.append(decoded(lm, row.ids, _until(ids[len(row.ids) :], stops)))
     return texts
 
 
@@ -122,7 +122,7 @@ def reply(lm: LanguageModel, rows: Sequence[Sequence[int]], *, new_tokens: int) 
     """
     assert lm.kind == "encoder-decoder"
     network: Any = lm.network
-    batch, ends = pad(lm, rows), _ends(lm)
+    batch, ends = pad(lm, rows), end_tokens(lm)
     ids = batch.ids.new_full((len(rows), 1), lm.config.decoder_start_token_id)
     text, cache = ids[:, 1:], None
     going = torch.ones(len(rows), dtype=torch.bool, device=lm.device)
@@ -177,7 +177,7 @@ def _write(
     the rows are of like length. (Where a memory has to see the whole prompt at once, they are of
     the same length: see `_groups`.)
     """
-    ends = _ends(lm)
+    ends = end_tokens(lm)
     stops = set(ends.tolist())
     device = lm.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -248,7 +248,7 @@ def _chosen(logits: Tensor, top_k: int, generator: torch.Generator) -> Tensor:
     return likeliest.indices.gather(1, drawn)
 
 
-def _ends(lm: LanguageModel) -> Tensor:
+def end_tokens(lm: LanguageModel) -> Tensor:
     """The tokens that end a text: the tokenizer's, and what the checkpoint names besides."""
     ends = {lm.tokenizer.eos_token_id}
     configured = getattr(lm.network.generation_config, "eos_token_id", None)
@@ -256,7 +256,7 @@ def _ends(lm: LanguageModel) -> Tensor:
     return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=lm.device)
 
 
-def _decoded(lm: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> str:
+def decoded(lm: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """What `ids` add to the prompt's text; alone, some decoders would drop their first blank."""
 
     def decode(tokens: Sequence[int]) -> str:

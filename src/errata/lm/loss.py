@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from errata.errors import RequestError, TokenizationError
 from errata.lm.forward import logits_at
-from errata.lm.generate import complete, reply
+from errata.lm.generate import complete, decoded, end_tokens, reply
 from errata.lm.hooks import gathered_input
 from errata.lm.load import LanguageModel
 from errata.lm.prompts import asked
@@ -203,6 +203,68 @@ def predictions(lm: LanguageModel, prompts: Sequence[str], *, new_tokens: int = 
         for index, text in zip(group, found, strict=True):
             texts[index] = text.strip()
     return texts
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How what a model writes by itself after a prompt begins."""
+
+    text: str
+    ended: bool
+    """Whether that is all of it."""
+
+
+@torch.no_grad()
+def beginnings(
+    lm: LanguageModel, examples: Sequence[Example], *, batch_tokens: int = _BATCH_TOKENS
+) -> list[Beginning]:
+    """What one pass tells of `predictions`, which makes one for each token that is written.
+
+    As long as its likeliest tokens are those of the answer, the pass has read what the model would
+    have written; so it is known up to the first that is another, or that comes after the answer.
+    It is empty where a prompt alone has other tokens than before its answer.
+
+    Raises:
+        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
+        ConfigError: the model is an encoder, which writes nothing.
+    """
+    found = [Beginning("", ended=False)] * len(examples)
+    stops = set(end_tokens(lm).tolist())
+    for group in example_batches(lm, examples, batch_tokens):
+        prompts = [examples[i].prompt.rstrip() for i in group]
+        answers = [examples[i].answer for i in group]
+        alone = encode(lm, prompts)
+        if lm.kind == "encoder-decoder":
+            rows, _, logits, wanted = _answered(lm, prompts, answers)
+            asks = [list[int]() for _ in group]
+        else:
+            texts = encode_answers(lm, prompts, answers)
+            asks = [text.ids[: text.prompt_length] for text in texts]
+            firsts = [text.prompt_length - 1 for text in texts]
+            # One place more, for what comes after the answer.
+            places = [(first, [*t.answer, -1]) for first, t in zip(firsts, texts, strict=True)]
+            rows, columns, wanted = _places(places)
+            batch = pad(lm, [text.ids for text in texts])
+            logits = logits_at(lm, batch, rows, columns, firsts)
+        chosen = logits.argmax(-1).to(rows.device)
+        for row, (index, ask) in enumerate(zip(group, asks, strict=True)):
+            here = rows == row
+            if not ask or list(ask) == list(alone[row]):
+                ids, ended = _agreed(chosen[here].tolist(), wanted[here].tolist(), stops)
+                found[index] = Beginning(decoded(lm, ask, ids), ended)
+    return found
+
+
+def _agreed(chosen: list[int], wanted: list[int], stops: set[int]) -> tuple[list[int], bool]:
+    """The tokens chosen up to the first that is not the wanted one, and whether the text ends."""
+    ids: list[int] = []
+    for token, answer in zip(chosen, wanted, strict=True):
+        if token in stops:
+            return ids, True
+        ids.append(token)
+        if token != answer:
+            break
+    return ids, False
 
 
 _Places = tuple[Tensor, Tensor, Tensor, Tensor]

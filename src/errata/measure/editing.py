@@ -24,9 +24,9 @@ import torch
 
 from errata.errors import NotFiniteError
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, answer_logits, example_batches, predictions
+from errata.lm.loss import Example, answer_logits, beginnings, example_batches, predictions
 from errata.lm.tokens import encode
-from errata.measure.metrics import Estimate, interval, reads
+from errata.measure.metrics import Estimate, interval, reads, reads_already
 from errata.measure.shares import case_probabilities, shares
 from errata.requests import Case
 
@@ -285,17 +285,35 @@ def _asked_all(
 
 
 def _said(lm: LanguageModel, examples: Sequence[Example], forced: Answered) -> tuple[bool, ...]:
-    """Whether the model gives each answer by itself; a prompt is gone on from once."""
+    """Whether the model gives each answer by itself.
+
+    A pass that reads the answers tells nearly always; only what it leaves open is written, each
+    prompt once.
+    """
     if lm.kind == "encoder":
         return forced.right
+    begun = beginnings(lm, examples)
+    said = [
+        reads_already(one.text, example.answer, ended=one.ended)
+        for one, example in zip(begun, examples, strict=True)
+    ]
+    texts = _written(lm, [e for e, known in zip(examples, said, strict=True) if known is None])
+    return tuple(
+        reads(texts[example.prompt.rstrip()], example.answer) if known is None else known
+        for example, known in zip(examples, said, strict=True)
+    )
+
+
+def _written(lm: LanguageModel, examples: Sequence[Example]) -> dict[str, str]:
+    """What the model writes after each prompt, a little further than the longest of its answers."""
     answers: dict[str, list[str]] = {}
     for example in examples:
         answers.setdefault(example.prompt.rstrip(), []).append(example.answer)
     rooms: dict[int, list[str]] = {}
     for prompt, wanted in answers.items():
-        longest = max(map(len, encode(lm, wanted))) + 2  # a little past the answer
+        longest = max(map(len, encode(lm, wanted))) + 2
         rooms.setdefault(max(8, 1 << (longest - 1).bit_length()), []).append(prompt)
     texts: dict[str, str] = {}
     for room, prompts in rooms.items():
         texts |= zip(prompts, predictions(lm, prompts, new_tokens=room), strict=True)
-    return tuple(reads(texts[e.prompt.rstrip()], e.answer) for e in examples)
+    return texts

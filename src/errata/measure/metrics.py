@@ -66,6 +66,25 @@ def reads(text: str, answer: str) -> bool:
     return re.match(re.escape(answer.strip()) + r"(?!\w)", text.strip()) is not None
 
 
+def reads_already(text: str, answer: str, *, ended: bool) -> bool | None:
+    """`reads` of a continuation of which this is the beginning; None where that does not tell yet.
+
+    Args:
+        text: how it begins.
+        answer: what is looked for.
+        ended: whether it goes no further.
+    """
+    if ended:
+        return reads(text, answer)
+    said, wanted = text.strip(), answer.strip()
+    if said.startswith(wanted) and len(said) > len(wanted) and "\ufffd" not in said:
+        return reads(said, wanted)
+    # Tokenizers take blanks out later, and half of a letter becomes another one.
+    bare = ("".join(said.split("\ufffd")[0].split()), "".join(wanted.split()))
+    short, long = sorted(bare, key=len)
+    return None if long.startswith(short) else False
+
+
 def fluency(texts: Sequence[str]) -> float:
     """GE: mean over texts of H2 / 3 + 2 H3 / 3, entropies of word bigrams and trigrams in bits.
 
