@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from errata.errors import ConfigError, NotFiniteError, RequestError, TokenizationError
 from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, beginnings, losses, predictions
+from errata.lm.loss import Example, answer_logits, beginnings, losses, predictions
 from errata.lm.tokens import encode, encode_answers, encode_masked, encode_requests
 from errata.lm.weights import weight_out_in
 from errata.requests import Request
@@ -262,14 +262,15 @@ def test_one_pass_tells_how_what_is_written_begins(variant: str) -> None:
             if answer.strip():
                 examples.append(Example(prompt, answer))
                 whole.append(text)
-    begun = beginnings(lm, examples, batch_tokens=64)
+    answers = answer_logits(lm, examples, following=True)
+    begun = beginnings(lm, examples, answers)
     for one, text in zip(begun, whole, strict=True):
         # Eight tokens may end before what follows an answer of eight.
         shorter = min(len(one.text.strip()), len(text))
         assert text[:shorter] == one.text.strip()[:shorter]
         assert not one.ended or one.text.strip() == text
     assert any(one.text.strip() for one in begun)
-    assert beginnings(lm, []) == []
+    assert_close(answers.losses(), losses(lm, examples))
 
 
 @pytest.mark.parametrize("variant", LABELLED)

@@ -7,7 +7,7 @@ it, an encoder fills in its mask or chooses a label.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,8 @@ class Answers:
     """(m, vocabulary) or, of a classifier, (n, labels); with gradient."""
     wanted: Tensor
     """(m,) the answer's token or label."""
+    following: Tensor | None = None
+    """(n,) the likeliest token after each answer; of decoders, where it was asked for."""
 
     def losses(self) -> Tensor:
         """(n,) negative log-likelihood, averaged over each answer's tokens; in float32 at least."""
@@ -100,6 +102,15 @@ class Answers:
         counts = torch.bincount(self.rows)
         return values.new_zeros(len(counts)).index_add(0, self.rows, values) / counts
 
+    def to(self, device: torch.device) -> Answers:
+        """The same, all of it on one device."""
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            columns=self.columns.to(device),
+            wanted=self.wanted.to(device),
+        )
+
     def split(self, count: int) -> tuple[Answers, Answers]:
         """The first `count` examples, and the others."""
         cut = int((self.rows < count).sum())
@@ -114,10 +125,13 @@ class Answers:
         )
 
 
-def answer_logits(lm: LanguageModel, examples: Sequence[Example]) -> Answers:
+def answer_logits(
+    lm: LanguageModel, examples: Sequence[Example], *, following: bool = False
+) -> Answers:
     """The predictions that `losses` reads, of at least one example, in one pass.
 
-    Row i of the pass, of both texts in an encoder-decoder, is example i.
+    Row i of the pass, of both texts in an encoder-decoder, is example i. With `following`, a
+    decoder also tells what comes after each answer.
 
     Raises:
         TokenizationError: a prompt or answer has no token of its own, or a text is too long.
@@ -131,9 +145,13 @@ def answer_logits(lm: LanguageModel, examples: Sequence[Example]) -> Answers:
     elif lm.kind == "encoder-decoder":
         rows, columns, logits, wanted = _answered(lm, prompts, answers)
     else:
-        rows, columns, logits, wanted = _read(lm, prompts, answers)
-    device = logits.device
-    return Answers(rows.to(device), columns.to(device), logits, wanted.to(device))
+        following = following and lm.kind == "decoder"
+        rows, columns, logits, wanted = _read(lm, prompts, answers, following=following)
+        if following:
+            after = wanted == _IGNORED
+            found = Answers(rows[~after], columns[~after], logits[~after], wanted[~after])
+            return replace(found, following=logits[after].argmax(-1)).to(logits.device)
+    return Answers(rows, columns, logits, wanted).to(logits.device)
 
 
 def check_examples(lm: LanguageModel, examples: Sequence[Example]) -> None:
@@ -214,44 +232,40 @@ class Beginning:
     """Whether that is all of it."""
 
 
-@torch.no_grad()
-def beginnings(
-    lm: LanguageModel, examples: Sequence[Example], *, batch_tokens: int = _BATCH_TOKENS
-) -> list[Beginning]:
-    """What one pass tells of `predictions`, which makes one for each token that is written.
+def beginnings(lm: LanguageModel, examples: Sequence[Example], answers: Answers) -> list[Beginning]:
+    """What the pass of `answer_logits` tells of `predictions`, which makes one for each token.
 
     As long as its likeliest tokens are those of the answer, the pass has read what the model would
     have written; so it is known up to the first that is another, or that comes after the answer.
     It is empty where a prompt alone has other tokens than before its answer.
 
-    Raises:
-        TokenizationError: a prompt or answer has no token of its own, or a text is too long.
-        ConfigError: the model is an encoder, which writes nothing.
+    Args:
+        lm: the model, no encoder.
+        examples: what it was asked.
+        answers: what it told, with what follows.
     """
-    found = [Beginning("", ended=False)] * len(examples)
+    prompts = [example.prompt.rstrip() for example in examples]
+    if lm.kind == "encoder-decoder":
+        asks = [list[int]() for _ in examples]
+        alike = [p == e.prompt for p, e in zip(prompts, examples, strict=True)]
+    else:
+        texts = encode_answers(lm, prompts, [example.answer for example in examples])
+        asks = [list(text.ids[: text.prompt_length]) for text in texts]
+        alike = [list(p) == ask for p, ask in zip(encode(lm, prompts), asks, strict=True)]
     stops = set(end_tokens(lm).tolist())
-    for group in example_batches(lm, examples, batch_tokens):
-        prompts = [examples[i].prompt.rstrip() for i in group]
-        answers = [examples[i].answer for i in group]
-        alone = encode(lm, prompts)
-        if lm.kind == "encoder-decoder":
-            rows, _, logits, wanted = _answered(lm, prompts, answers)
-            asks = [list[int]() for _ in group]
-        else:
-            texts = encode_answers(lm, prompts, answers)
-            asks = [text.ids[: text.prompt_length] for text in texts]
-            firsts = [text.prompt_length - 1 for text in texts]
-            # One place more, for what comes after the answer.
-            places = [(first, [*t.answer, -1]) for first, t in zip(firsts, texts, strict=True)]
-            rows, columns, wanted = _places(places)
-            batch = pad(lm, [text.ids for text in texts])
-            logits = logits_at(lm, batch, rows, columns, firsts)
-        chosen = logits.argmax(-1).to(rows.device)
-        for row, (index, ask) in enumerate(zip(group, asks, strict=True)):
-            here = rows == row
-            if not ask or list(ask) == list(alone[row]):
-                ids, ended = _agreed(chosen[here].tolist(), wanted[here].tolist(), stops)
-                found[index] = Beginning(decoded(lm, ask, ids), ended)
+    counts = torch.bincount(answers.rows).tolist()
+    chosen, wanted = (
+        [part.tolist() for part in torch.split(tokens, counts)]
+        for tokens in (answers.logits.argmax(-1), answers.wanted)
+    )
+    if answers.following is not None:
+        for row, token in enumerate(answers.following.tolist()):
+            chosen[row].append(token)
+            wanted[row].append(_IGNORED)
+    found = []
+    for row, (ask, same) in enumerate(zip(asks, alike, strict=True)):
+        ids, ended = _agreed(chosen[row], wanted[row], stops)
+        found.append(Beginning(decoded(lm, ask, ids), ended) if same else Beginning("", False))
     return found
 
 
@@ -272,11 +286,16 @@ _Places = tuple[Tensor, Tensor, Tensor, Tensor]
 itself (m,)."""
 
 
-def _read(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> _Places:
-    """Answers that stand in the text that the model reads, after the prompt or under masks."""
+def _read(
+    lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str], *, following: bool
+) -> _Places:
+    """Answers that stand in the text that the model reads, after the prompt or under masks.
+
+    With `following`, after the last of each there is one place more, of the token `_IGNORED`.
+    """
     if lm.kind == "decoder":
         texts = [
-            (text.ids, text.prompt_length - 1, text.answer)
+            (text.ids, text.prompt_length - 1, [*text.answer, *[_IGNORED] * following])
             for text in encode_answers(lm, prompts, answers)
         ]
     else:

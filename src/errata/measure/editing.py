@@ -24,7 +24,14 @@ import torch
 
 from errata.errors import NotFiniteError
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, answer_logits, beginnings, example_batches, predictions
+from errata.lm.loss import (
+    Beginning,
+    Example,
+    answer_logits,
+    beginnings,
+    example_batches,
+    predictions,
+)
 from errata.lm.tokens import encode
 from errata.measure.metrics import Estimate, interval, reads, reads_already
 from errata.measure.shares import case_probabilities, shares
@@ -55,6 +62,8 @@ EDITING_COLUMNS = (
 )
 """Their metrics, in the order of tables."""
 
+_BATCH_TOKENS = 4096
+
 GROUPS = ("rewrite", "paraphrases", "neighbours")
 
 
@@ -80,9 +89,8 @@ class Answered:
         return float(np.exp(np.dot(self.nll, self.tokens) / sum(self.tokens)))
 
 
-@torch.no_grad()
 def answered(
-    lm: LanguageModel, examples: Sequence[Example], *, batch_tokens: int = 4096
+    lm: LanguageModel, examples: Sequence[Example], *, batch_tokens: int = _BATCH_TOKENS
 ) -> Answered:
     """Ask a model, of any kind, as it is now.
 
@@ -91,9 +99,19 @@ def answered(
         TokenizationError: a prompt or answer has no token of its own, or a text is too long.
         RequestError: a classifier has no such label.
     """
+    return _read(lm, examples, batch_tokens, begun=False)[0]
+
+
+@torch.no_grad()
+def _read(
+    lm: LanguageModel, examples: Sequence[Example], batch_tokens: int, *, begun: bool
+) -> tuple[Answered, list[Beginning]]:
+    """`answered`, and how what the model writes by itself begins, where that is asked for."""
     found: list[tuple[bool, float, int]] = [(False, 0.0, 0)] * len(examples)
+    beginning = [Beginning("", ended=False)] * len(examples)
     for group in example_batches(lm, examples, batch_tokens):
-        answers = answer_logits(lm, [examples[i] for i in group])
+        some = [examples[i] for i in group]
+        answers = answer_logits(lm, some, following=begun)
         losses = answers.losses()
         if not losses.isfinite().all():
             raise NotFiniteError(
@@ -104,8 +122,11 @@ def answered(
         told = zip(answers.right().tolist(), losses.tolist(), counts.tolist(), strict=True)
         for index, one in zip(group, told, strict=True):
             found[index] = one
+        if begun:
+            for index, begins in zip(group, beginnings(lm, some, answers), strict=True):
+                beginning[index] = begins
     right, nll, tokens = zip(*found, strict=True) if found else ((), (), ())
-    return Answered(right, nll, tokens)
+    return Answered(right, nll, tokens), beginning
 
 
 def edit_accuracy(cases: Sequence[Answered]) -> Estimate | None:
@@ -274,8 +295,11 @@ def _asked_all(
 ) -> tuple[list[Answered], list[tuple[bool, ...]]]:
     """Ask groups of questions at once: what comes under teacher forcing, and by itself."""
     flat = [example for group in groups for example in group]
-    forced = answered(lm, flat)
-    said = _said(lm, flat, forced) if also_said else ()
+    writes = also_said and lm.kind != "encoder"
+    forced, begun = _read(lm, flat, _BATCH_TOKENS, begun=writes)
+    said: Sequence[bool] = ()
+    if also_said:  # an encoder, which writes nothing, chooses
+        said = _said(lm, flat, begun) if writes else forced.right
     ends = np.cumsum([len(group) for group in groups]).tolist()
     parts = [slice(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
     return (
@@ -284,15 +308,13 @@ def _asked_all(
     )
 
 
-def _said(lm: LanguageModel, examples: Sequence[Example], forced: Answered) -> tuple[bool, ...]:
+def _said(
+    lm: LanguageModel, examples: Sequence[Example], begun: Sequence[Beginning]
+) -> tuple[bool, ...]:
     """Whether the model gives each answer by itself.
 
-    A pass that reads the answers tells nearly always; only what it leaves open is written, each
-    prompt once.
+    How it begins tells nearly always; only what that leaves open is written, each prompt once.
     """
-    if lm.kind == "encoder":
-        return forced.right
-    begun = beginnings(lm, examples)
     said = [
         reads_already(one.text, example.answer, ended=one.ended)
         for one, example in zip(begun, examples, strict=True)
