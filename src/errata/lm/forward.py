@@ -1,6 +1,7 @@
 """Forward passes that compute only what is needed, in any family, through its own forward.
 
-`logits_at` computes logits only where they are scored, `run_until` what rows begin with only once.
+`logits_at` computes logits only where they are scored, `run_until` what rows begin with only once,
+`Replay` what blocks below those that change say only once.
 `record` runs a pass once and `Recorded.paused` stops it where one likes; `resume` then recomputes,
 as often as wanted, only the tokens from a given position on in the blocks above a given one: the
 blocks below stand aside, the tokens before are a key-value cache. `pause` is both for one place.
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,29 +121,57 @@ def frozen(lm: LanguageModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def replayed(lm: LanguageModel, layer: int, run: Callable[[], object]) -> Iterator[None]:
-    """While open, the blocks below `layer` return what they returned in the pass that `run` makes.
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What the blocks below one returned, for further passes over the very same rows.
 
-    For many passes over the very same rows, of models of every kind, which differ from that block
-    on alone. Gradients do not reach below.
+    Of models of every kind. What memories among these blocks decided on the rows holds too.
     """
-    blocks = [lm.block(index) for index in range(layer)]
-    returned: dict[nn.Module, Any] = {}
 
-    def kept(block: nn.Module) -> Callable[..., Any]:
-        compute = block.forward
+    lm: LanguageModel
+    returned: dict[nn.Module, Any]
+    decided: dict[Any, Any]
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            returned[block] = compute(*args, **kwargs)
-            return returned[block]
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: LanguageModel, layer: int, run: Callable[[], object]) -> Self:
+        """Keep what the blocks below `layer` return in the pass that `run` makes."""
+        replay = cls(lm, {}, {})
+        blocks = [lm.block(index) for index in range(layer)]
+        # Nothing looks at what a block returns but the next; an encoder's last is read beside.
+        wanted = blocks if lm.kind == "encoder-decoder" else blocks[-1:]
 
-        return forward
+        def kept(block: nn.Module) -> Callable[..., Any]:
+            compute = block.forward
 
-    with torch.no_grad(), replaced_forward({block: kept(block) for block in blocks}):
-        run()
-    with replaced_forward({b: lambda *_, _told=returned[b], **__: _told for b in blocks}):
-        yield
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                replay.returned[block] = compute(*args, **kwargs)
+                if lm.prompts is not None:
+                    replay.decided.update(lm.prompts.kept)
+                return replay.returned[block]
+
+            return forward
+
+        with replaced_forward({block: kept(block) for block in wanted}):
+            run()
+        for block in blocks:
+            replay.returned.setdefault(block, replay.returned[blocks[-1]])
+        return replay
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """While open, those blocks return that again; gradients do not reach below."""
+
+        def again(block: nn.Module) -> Callable[..., Any]:
+            def forward(*_: Any, **__: Any) -> Any:
+                if self.lm.prompts is not None:
+                    self.lm.prompts.kept.update(self.decided)
+                return self.returned[block]
+
+            return forward
+
+        with replaced_forward({block: again(block) for block in self.returned}):
+            yield
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from errata.edits.edit import Record
 from errata.edits.memories.codebook import Codebook, Replace, replaced
 from errata.edits.memory import MemoryEdit, memory_at, set_aside
 from errata.errors import ConfigError, NotFiniteError
-from errata.lm.forward import frozen
+from errata.lm.forward import Replay, frozen
 from errata.lm.hooks import attached
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, answer_logits, example_batches
@@ -124,7 +124,7 @@ class Grace(Editor):
         with frozen(lm), set_aside(lm, KIND, path):
             for group in example_batches(lm, examples, _BATCH_TOKENS):
                 some = [requests[i] for i in group]
-                training = _Training(lm, path, self.config, [examples[i] for i in group])
+                training = _Training(lm, layer, path, self.config, [examples[i] for i in group])
                 trained.append(training.run(training.begin(some, book), progress))
                 order += group
         back = torch.tensor(order).argsort()
@@ -174,12 +174,17 @@ class _Training:
     """One batch of values, each trained on its own example."""
 
     def __init__(
-        self, lm: LanguageModel, path: str, config: GraceConfig, examples: Sequence[Example]
+        self,
+        lm: LanguageModel,
+        layer: int,
+        path: str,
+        config: GraceConfig,
+        examples: Sequence[Example],
     ) -> None:
         self.lm, self.path, self.config, self.examples = lm, path, config, examples
         self.module = lm.module(path)
-        with torch.no_grad(), attached(self.module, self._look):
-            answer_logits(lm, examples)
+        with attached(self.module, self._look):
+            self.below = Replay.of(lm, layer, lambda: answer_logits(lm, examples))
 
     def _look(self, states: Tensor, output: Tensor) -> Tensor:
         """Keep what goes in and comes out at each prompt's last token."""
@@ -219,7 +224,8 @@ class _Training:
         right = torch.zeros(len(start), dtype=torch.bool, device=start.device)
         done = torch.zeros_like(right)
         for update in range(self.config.updates + 1):
-            with attached(self.module, lambda _, output: self._replaced(output, values)):
+            rewritten = attached(self.module, lambda _, output: self._replaced(output, values))
+            with self.below.told(), rewritten:
                 answers = answer_logits(self.lm, self.examples)
                 losses = answers.losses()
             self._check(losses.detach(), update)

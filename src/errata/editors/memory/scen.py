@@ -42,6 +42,7 @@ from errata.edits.memories.experts import Experts
 from errata.edits.memories.memory import Place
 from errata.edits.memory import MemoryEdit, memory_at, set_aside
 from errata.errors import ConfigError, NotFiniteError
+from errata.lm.forward import Replay
 from errata.lm.hooks import attached
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, answer_logits, losses
@@ -160,7 +161,7 @@ class Scen(Editor):
         made: list[_Expert] = []
         with set_aside(lm, KIND, path):
             for done, group in enumerate(groups):
-                one = self._expert(lm, path, [requests[i] for i in group], seen)
+                one = self._expert(lm, layer, path, [requests[i] for i in group], seen)
                 made.append(one)
                 seen = torch.cat([seen, one.prompts])
                 progress("experts", done + 1, len(groups))
@@ -192,19 +193,25 @@ class Scen(Editor):
         )
 
     def _expert(
-        self, lm: LanguageModel, path: str, requests: Sequence[Request], seen: Tensor
+        self,
+        lm: LanguageModel,
+        layer: int,
+        path: str,
+        requests: Sequence[Request],
+        seen: Tensor,
     ) -> _Expert:
         """Both stages, for requests that share an expert.
 
         Args:
             lm: the model, as if it had no experts.
+            layer: the block of the matrix.
             path: of the matrix.
             requests: what the expert is for.
             seen: (t - 1, d_in) the matrix' inputs at earlier prompts.
         """
         examples = [Example(request.text, request.target) for request in requests]
         own = inputs_at_prompts(lm, path, examples)
-        change, loss = self._trained(lm, path, examples)
+        change, loss = self._trained(lm, layer, path, examples)
         kept, missed = factors(change, self.config.rank)
         text = "\n".join(request.text for request in requests)
         neuron = self.neuron(own, seen, zlib.crc32(text.encode()))
@@ -219,14 +226,15 @@ class Scen(Editor):
         )
 
     def _trained(
-        self, lm: LanguageModel, path: str, examples: Sequence[Example]
+        self, lm: LanguageModel, layer: int, path: str, examples: Sequence[Example]
     ) -> tuple[Tensor, float]:
         """Stage 1: what training changes in the matrix (d_out, d_in), and the loss before its end.
 
         Raises:
             NotFiniteError: the loss is NaN or infinite.
         """
-        with borrowed(lm, [path]) as loan:
+        below = Replay.of(lm, layer, lambda: losses(lm, examples))
+        with borrowed(lm, [path]) as loan, below.told():
             (copy,), (own,) = loan.copies, loan.own
             unit = float(own.float().square().mean().sqrt()) if self._relative else 1.0
             adam = torch.optim.Adam([copy], lr=self.config.learning_rate * unit)

@@ -31,7 +31,7 @@ from errata.editors.memory.patches import PatchConfig, Patched, first_neurons, t
 from errata.edits.edit import Record
 from errata.edits.memory import MemoryEdit, set_aside
 from errata.errors import ConfigError, NotFiniteError
-from errata.lm.forward import frozen, replayed
+from errata.lm.forward import Replay, frozen
 from errata.lm.hooks import captured, rewritten_output, stopped_after
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Answers, Example, answer_logits
@@ -167,7 +167,7 @@ class TPatcher(Editor):
         def asked() -> Answers:
             return answer_logits(lm, [example])
 
-        with captured(modules, "both") as seen, replayed(lm, layer, asked):
+        with captured(modules, "both") as seen, Replay.of(lm, layer, asked).told():
             with torch.no_grad():
                 asked()
             x, output = seen.inputs["in"].detach(), seen.outputs["out"].detach()

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,10 +36,11 @@ from errata.editors.config import EditorConfig
 from errata.editors.difference import Borrowed, borrowed, factors
 from errata.editors.editor import Editor
 from errata.editors.tuning.asked import Asked, Scored, asked_losses, asked_of
-from errata.editors.tuning.locality import LocalityConfig, Pool, divergences
+from errata.editors.tuning.locality import Held, LocalityConfig, Pool
 from errata.edits.edit import Record
 from errata.edits.weights import WeightEdit
 from errata.errors import NotFiniteError
+from errata.lm.forward import Replay
 from errata.lm.load import LanguageModel
 from errata.lm.loss import example_batches
 from errata.progress import Progress, silent
@@ -150,9 +152,10 @@ class FineTune(Editor):
         pool = self._pools.get(lm.network)
         held = pool.nearest(lm, requests) if pool else []
         with borrowed(lm, self._paths(lm)) as loan:
-            training = _Training(
+            training = _Training.of(
                 loan,
                 self.config,
+                min(self.layers(lm)),
                 asked_of(lm, requests, self.config.loss),
                 [pool.rows[number] for number in held] if pool else [],
                 self.batch_tokens,
@@ -222,10 +225,35 @@ class _Training:
 
     loan: Borrowed
     config: FineTuneConfig
-    asked: Sequence[Asked]
-    rows: Sequence[Sequence[int]]
-    """Token ids of the texts that are held on to."""
-    batch_tokens: int
+    batches: list[tuple[list[Asked], Replay]]
+    """What is asked in one pass, and what the blocks below the trained ones say to it."""
+    held: Held
+
+    @classmethod
+    def of(
+        cls,
+        loan: Borrowed,
+        config: FineTuneConfig,
+        layer: int,
+        asked: Sequence[Asked],
+        rows: Sequence[Sequence[int]],
+        batch_tokens: int,
+    ) -> Self:
+        """Ask once, and keep what will not change.
+
+        Args:
+            loan: the weights.
+            config: the numbers.
+            layer: the lowest block that is trained.
+            asked: what the model should say.
+            rows: token ids of the texts that are held on to.
+            batch_tokens: at most so many, padding included, in one pass.
+        """
+        lm = loan.lm
+        grouped = example_batches(lm, [one.example for one in asked], batch_tokens)
+        some = [[asked[i] for i in group] for group in grouped]
+        below = [Replay.of(lm, layer, partial(asked_losses, lm, s, config.loss)) for s in some]
+        return cls(loan, config, list(zip(some, below, strict=True)), Held.of(loan, rows, layer))
 
     def run(self, progress: Progress) -> tuple[int, float]:
         """Train; how many updates it took, and the mean loss before the first.
@@ -241,7 +269,7 @@ class _Training:
             ],
             weight_decay=self.config.weight_decay,
         )
-        open_ended = any(one.request.problem.open_ended for one in self.asked)
+        open_ended = any(one.request.problem.open_ended for some, _ in self.batches for one in some)
         first = 0.0
         for done in range(self.config.updates):
             loss = self._descend(done)
@@ -271,7 +299,7 @@ class _Training:
 
     @property
     def _requests(self) -> int:
-        return self.asked[-1].number + 1
+        return 1 + max(one.number for some, _ in self.batches for one in some)
 
     def _descend(self, done: int) -> float:
         """The requests' mean loss; its gradient and KL's are left on the copies."""
@@ -281,17 +309,17 @@ class _Training:
             share = (shares * each).sum() / self._requests
             loss += float(share.detach())
             self._add(share)
-        for share in divergences(self.loan, self.rows):
+        for share in self.held.divergences():
             self._add(self.config.kl.weight * share)
         self._check(loss, done)
         return loss
 
     def _losses(self) -> Iterable[tuple[list[Asked], Tensor]]:
         """Batch by batch: what is asked, and the loss of each."""
-        lm = self.loan.lm
-        for group in example_batches(lm, [one.example for one in self.asked], self.batch_tokens):
-            some = [self.asked[i] for i in group]
-            yield some, asked_losses(lm, some, self.config.loss)
+        for some, below in self.batches:
+            with below.told():
+                each = asked_losses(self.loan.lm, some, self.config.loss)
+            yield some, each
 
     def _add(self, loss: Tensor) -> None:
         """Add the loss' gradient to that of the copies."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Self
 
@@ -21,6 +22,7 @@ from errata.editors.config import Config
 from errata.editors.difference import Borrowed
 from errata.errors import ConfigError
 from errata.lm.distributions import distributions
+from errata.lm.forward import Replay
 from errata.lm.load import LanguageModel
 from errata.lm.sentences import SentenceEncoder, own_vectors
 from errata.lm.tokens import batches, encode
@@ -114,16 +116,36 @@ class Pool:
         return [apart[place] for place in sorted(set(best.flatten().tolist()))]
 
 
-def divergences(loan: Borrowed, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """Shares of KL(before || now) in nats, averaged over what the model says of rows of token ids.
+@dataclass(frozen=True)
+class Held:
+    """Texts that are held on to while weights are trained; made with `of`."""
 
-    Each has a gradient; together they are the mean. What the model said before is computed anew
-    each time, by its own weights: to keep all these probabilities would fill the memory.
-    """
-    for group in batches([len(row) for row in rows], BATCH_TOKENS):
-        some = [rows[i] for i in group]
-        with loan.as_before(), torch.no_grad():
-            before = distributions(loan.lm, some)
-        now = distributions(loan.lm, some)
-        total = kl_div(now, before, reduction="sum", log_target=True)
-        yield total / len(before) * len(group) / len(rows)
+    loan: Borrowed
+    groups: list[tuple[list[Sequence[int]], Replay]]
+    """Rows of token ids, and what the blocks below the trained ones say to them."""
+
+    @classmethod
+    def of(cls, loan: Borrowed, rows: Sequence[Sequence[int]], layer: int) -> Self:
+        """These rows of token ids, where `layer` is the lowest block that is trained."""
+        grouped = batches([len(row) for row in rows], BATCH_TOKENS)
+        texts = [[rows[i] for i in group] for group in grouped]
+        lm = loan.lm
+        return cls(
+            loan,
+            [(some, Replay.of(lm, layer, partial(distributions, lm, some))) for some in texts],
+        )
+
+    def divergences(self) -> Iterator[Tensor]:
+        """Shares of KL(before || now) in nats, averaged over what the model says of all rows.
+
+        Each has a gradient; together they are the mean. What the model said before is computed anew
+        each time, by its own weights: to keep all these probabilities would fill the memory.
+        """
+        loan, count = self.loan, sum(len(some) for some, _ in self.groups)
+        for some, below in self.groups:
+            with below.told():
+                with loan.as_before(), torch.no_grad():
+                    before = distributions(loan.lm, some)
+                now = distributions(loan.lm, some)
+            total = kl_div(now, before, reduction="sum", log_target=True)
+            yield total / len(before) * len(some) / count
