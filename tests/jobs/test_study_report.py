@@ -19,7 +19,7 @@ from errata.jobs.study import FigureSpec
 from errata.jobs.study_report import save_study_report
 from errata.jobs.tables import tabulate
 from tests.conftest import WORKING
-from tests.jobs.made_up import EXPERIMENT, RUNS, answers, results_of, row
+from tests.jobs.made_up import EXPERIMENT, RUNS, answers, results_of, row, runs_of
 
 SHOWN = """
 [[table]]
@@ -90,6 +90,20 @@ def test_a_line_chart_needs_numbers() -> None:
     spec = FigureSpec("f", "line", "editor", ("ES",), ("protocol.batch",), ("model",))
     with pytest.raises(ConfigError, match="editor is (MEMIT|unedited)"):
         draw(spec, RUNS)
+
+
+def test_a_list_of_one_layer_is_its_number() -> None:
+    swept = EXPERIMENT.replace(
+        '"protocol.batch" = [1, 4, 16]', '"settings.layers" = [[0], [3], [7]]'
+    )
+    spec = FigureSpec("f", "line", "settings.layers", ("ES",), ("editor",), ("model",))
+    lines = draw(spec, runs_of(swept))[0].figure.axes[0].lines
+    drawn: dict[str, Any] = {str(line.get_label()): line.get_xdata() for line in lines}
+    assert list(drawn["MEMIT"]) == [0, 3, 7]
+    assert list(drawn["unedited"]) == [0, 7]
+    several = runs_of(swept.replace("[7]", "[6, 7]"))
+    with pytest.raises(ConfigError, match=r"settings.layers is 6"):
+        draw(spec, several)
 
 
 # -- the report

@@ -92,21 +92,31 @@ def _chart(spec: FigureSpec, panel: str, metric: str, lines: Lines) -> Chart:
 
 def _curves(x: str, metric: str, lines: Lines) -> dict[str, list[tuple[float, Estimate]]]:
     """Points of each line; what has no x, such as the unedited model, goes all the way across."""
-    xs = [place for points in lines.values() for (place,) in points if place is not None]
-    for value in xs:
-        if not isinstance(value, int | float):
-            raise ConfigError(
-                f'a line chart needs numbers as x; {x} is {text(value)}. Use kind = "bar".'
-            )
-    ends = [min(xs), max(xs)] if xs else []
+    places = {place for points in lines.values() for (place,) in points if place is not None}
+    xs = {place: _along(x, place) for place in places}
+    ends = [min(xs.values()), max(xs.values())] if xs else []
     return {
         name: [
             (at, _estimate(cell, metric))
             for (place,), cell in points.items()
-            for at in ([place] if place is not None else ends)
+            for at in ([xs[place]] if place is not None else ends)
         ]
         for name, points in lines.items()
     }
+
+
+def _along(x: str, place: Any) -> float:
+    """Where a value stands on the axis; a list of one number, such as one layer, is that number.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    one = place[0] if isinstance(place, tuple) and len(place) == 1 else place
+    if not isinstance(one, int | float):
+        raise ConfigError(
+            f'a line chart needs numbers as x; {x} is {text(place)}. Use kind = "bar".'
+        )
+    return one
 
 
 def _bars(metric: str, lines: Lines) -> dict[str, dict[str, Estimate]]:
