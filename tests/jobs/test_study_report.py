@@ -162,10 +162,28 @@ def test_a_report_tells_numbers_verdicts_and_loads_nothing(tmp_path: Path) -> No
         assert "no longer at 16" in report and "seen here" in report
         assert "28 of 28" in html
         assert "relaxation" in html
+    # The same numbers for all: told once, then pointed at.
+    assert markdown.count("relaxation") == 1 and "numbers: those of [" in markdown
     assert "By editor &amp; &lt;batch&gt;" in html
     assert "By editor & &lt;batch>" in markdown
     assert html.count("<svg") == 2
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
+
+
+def test_of_numbers_told_before_only_what_is_other_is_told(tmp_path: Path) -> None:
+    def measured(unit: Unit) -> Any:
+        config = {"relaxation": 0.05 * unit.batch, "rank": 0, "window": unit.batch == 16}
+        if unit.label == "EMMET":
+            config |= {"rank": unit.batch}
+        return row(unit, answers(unit), record={"config": config, "failed": 0})
+
+    _, told = save_study_report(results_of(tmp_path, measured=measured), tmp_path / "r.html")
+    markdown = told.read_text(encoding="utf-8")
+    assert "but `relaxation` 0.2" in markdown  # of a batch of 4
+    assert "but `relaxation` 0.8, `window` true" in markdown
+    assert (
+        markdown.count('"window": true') == 1
+    )  # of EMMET's 16 three are other; once for both models
 
 
 def test_what_is_lacking_is_told(tmp_path: Path) -> None:

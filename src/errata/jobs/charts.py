@@ -92,7 +92,7 @@ def _chart(spec: FigureSpec, panel: str, metric: str, lines: Lines) -> Chart:
 
 def _curves(x: str, metric: str, lines: Lines) -> dict[str, list[tuple[float, Estimate]]]:
     """Points of each line; what has no x, such as the unedited model, goes all the way across."""
-    places = {place for points in lines.values() for (place,) in points if place is not None}
+    places = [place for points in lines.values() for (place,) in points if place is not None]
     xs = {place: _along(x, place) for place in places}
     ends = [min(xs.values()), max(xs.values())] if xs else []
     return {

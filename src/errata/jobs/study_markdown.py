@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from errata.jobs.claims import SIGNS, Claim
-from errata.jobs.findings import Findings, UnitShown
+from errata.jobs.findings import Findings, Machine, UnitShown
 from errata.jobs.tables import Number, Table, number, number_text
 
 
@@ -34,8 +36,8 @@ def markdown(found: Findings, pictures: Sequence[Sequence[str]]) -> str:
                 for unit, run in lacking
             )
         )
-    parts += ["## Runs", *map(_unit, found.units)]
-    parts += ["## Machines and times", _machines(found)]
+    parts += ["## Runs", *_units(found.units)]
+    parts += ["## Machines and times", *_machines(found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,25 +67,51 @@ def _number(one: Number) -> str:
     return f"[{mean}](#{one.cell.name}) {span}".strip() if one.cell else mean
 
 
-def _unit(unit: UnitShown) -> str:
-    lines = [f'<a id="{unit.name}"></a>**{_plain(unit.what)}**', ""]
-    for run in unit.runs:
-        told = f"{run.state}, {_plain(run.told)}".removesuffix(", ")
-        lines.append(f"- seed {run.seed}: {told} `{run.key}`".removesuffix(" ``"))
-    if unit.config:
-        lines += ["", "<details><summary>numbers</summary>", "", "```json", unit.config, "```"]
-        lines += ["", "</details>"]
-    return "\n".join(lines)
+def _units(units: Sequence[UnitShown]) -> Iterator[str]:
+    """Each unit's runs and numbers; of numbers told before, only what is other."""
+    told: list[tuple[UnitShown, dict[str, Any]]] = []
+    for unit in units:
+        lines = [f'<a id="{unit.name}"></a>**{_plain(unit.what)}**', ""]
+        for run in unit.runs:
+            state = f"{run.state}, {_plain(run.told)}".removesuffix(", ")
+            lines.append(f"- seed {run.seed}: {state} `{run.key}`".removesuffix(" ``"))
+        config: dict[str, Any] = json.loads(unit.config) if unit.config else {}
+        like = [(one, _other(config, numbers)) for one, numbers in told]
+        first = next(((one, other) for one, other in like if other is not None), None)
+        if first:
+            other = ", ".join(f"`{key}` {json.dumps(value)}" for key, value in first[1].items())
+            but = f", but {other}" if other else ""
+            lines.append(f"- numbers: those of [{_plain(first[0].what)}](#{first[0].name}){but}")
+        elif config:
+            told.append((unit, config))
+            lines += ["", "<details><summary>numbers</summary>", "", "```json", unit.config]
+            lines += ["```", "", "</details>"]
+        yield "\n".join(lines)
 
 
-def _machines(found: Findings) -> str:
-    return _grid(
-        ("run", "machine", "time", "most memory", "ended", "versions"),
-        [
-            (f"`{m.key[:12]}`", m.host, f"{m.seconds:.1f} s", m.memory, m.created, m.versions)
-            for m in found.machines
-        ],
-    )
+def _other(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The numbers that are not those told; None where they are of another kind, or too many."""
+    if not config or config.keys() != told.keys():
+        return None
+    other = {key: value for key, value in config.items() if value != told[key]}
+    return other if len(other) <= _FEW else None
+
+
+_FEW = 2
+"""Numbers that may be other."""
+
+
+def _machines(found: Findings) -> Iterator[str]:
+    """A table for each machine and its versions."""
+    places: dict[tuple[str, str], list[Machine]] = {}
+    for one in found.machines:
+        places.setdefault((one.host, one.versions), []).append(one)
+    for (host, versions), runs in places.items():
+        yield f"{_plain(host)}; {_plain(versions)}"
+        yield _grid(
+            ("run", "time", "most memory", "ended"),
+            [(f"`{m.key[:12]}`", f"{m.seconds:.1f} s", m.memory, m.created) for m in runs],
+        )
 
 
 def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
