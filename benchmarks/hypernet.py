@@ -45,6 +45,8 @@ from errata.requests import Case
 
 EDITS = 10
 """Of a step."""
+AT_ONCE = (10, 5, 2)
+"""How many of them are in memory together (`training.at_once`)."""
 RANK = 256
 BATCH = 64
 """Edits at once, of edits with a network that is there."""
@@ -57,17 +59,31 @@ def fitting(bench: Bench) -> Iterator[Row]:
     update = Update.of(lm, mlp_paths(lm, layers), TransformConfig(rank=RANK))
     cases = bench.setting.cases[: EDITS * 3]
     started(lm, update, cases[EDITS:])
-    asked = questions(cases[:EDITS])
+    for at_once in AT_ONCE:
+        (asked,) = questions(cases[:EDITS], EDITS)
+        parts = questions(cases[:EDITS], at_once)
+        yield _fitting(bench, update, layers, asked, parts)
+
+
+def _fitting(
+    bench: Bench,
+    update: Update,
+    layers: Sequence[int],
+    asked: Questions,
+    parts: Sequence[Questions],
+) -> Row:
+    """A step on the same edits, in these parts, beside the reference's loop."""
+    lm = bench.setting.lm
     slow, fast = alternated(
         partial(one_by_one, lm, update, asked),
-        partial(together, lm, update, asked),
+        partial(together, lm, update, parts),
         bench.device,
         bench.rounds,
     )
-    yield Row(
+    return Row(
         section="fitting",
         model=bench.setting.name,
-        what=f"{EDITS} edits a step",
+        what=f"{EDITS} edits a step, {len(parts[0].edits)} at once",
         seconds=fast.seconds,
         serial_seconds=slow.seconds,
         difference=off(fast.value[None], slow.value[None]),
@@ -94,7 +110,7 @@ def learnt_edits(bench: Bench) -> Iterator[Row]:
     finetune = FineTune(tuned, Background())
     for count in (1, BATCH):
         requests = [case.request for case in setting.cases[:count]]
-        asked = questions(setting.cases[:count])
+        (asked,) = questions(setting.cases[:count], count)
         slow, fast = alternated(
             partial(finetune.edit, lm, requests),
             partial(mend.edit, lm, requests),
@@ -127,22 +143,28 @@ HYPERNET_SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 def started(lm: LanguageModel, update: Update, cases: Sequence[Case]) -> None:
     """Let the network see some gradients, and move it from where it passes everything on."""
     with torch.no_grad():
-        update(decompose(lm, questions(cases).edits, update.paths))
+        update(decompose(lm, questions(cases, len(cases))[0].edits, update.paths))
         for parameter in update.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.01)
     update.eval()
 
 
-def questions(cases: Sequence[Case]) -> Questions:
-    """What the edits of a step are asked."""
-    return Questions.of(cases, random.Random(0), ObjectiveConfig())
+def questions(cases: Sequence[Case], at_once: int) -> list[Questions]:
+    """What the edits of a step are asked, in parts; the same in whatever parts."""
+    draw = random.Random(0)
+    return [
+        Questions.of(cases[i : i + at_once], draw, ObjectiveConfig())
+        for i in range(0, len(cases), at_once)
+    ]
 
 
-def together(lm: LanguageModel, update: Update, asked: Questions) -> Tensor:
+def together(lm: LanguageModel, update: Update, parts: Sequence[Questions]) -> Tensor:
     """Our way; the gradient of all parameters, in one row."""
     update.zero_grad()
-    changes = stacked(update(decompose(lm, asked.edits, update.paths)), len(asked.edits))
-    torch.autograd.backward(outer_loss(lm, asked, changes, ObjectiveConfig())["loss"])
+    for asked in parts:
+        changes = stacked(update(decompose(lm, asked.edits, update.paths)), len(asked.edits))
+        loss = outer_loss(lm, asked, changes, ObjectiveConfig())["loss"]
+        torch.autograd.backward(loss * (len(asked.edits) / EDITS))
     return gradient(update)
 
 

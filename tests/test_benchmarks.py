@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cluster
-from benchmarks.hypernet import HYPERNET_SECTIONS
+from benchmarks.hypernet import AT_ONCE, HYPERNET_SECTIONS
 from benchmarks.run import main
 from benchmarks.sections import SECTIONS
 from benchmarks.tracing import PROMPTS, TRACING_SECTIONS
@@ -59,8 +59,11 @@ def test_saliency_and_tracing_choose_for_the_same_facts(tmp_path: Path) -> None:
 
 
 def test_a_step_of_fitting_has_the_references_gradients(tmp_path: Path) -> None:
-    fitting, one, many = run(tmp_path, *HYPERNET_SECTIONS, "--model", "tiny-gpt2")
-    assert fitting["agrees"] and fitting["difference"] < 1e-3
+    *fitting, one, many = run(tmp_path, *HYPERNET_SECTIONS, "--model", "tiny-gpt2")
+    assert [row["what"] for row in fitting] == [
+        f"10 edits a step, {at_once} at once" for at_once in AT_ONCE
+    ]
+    assert all(row["agrees"] and row["difference"] < 1e-3 for row in fitting)
     assert one["what"] == "1 edit" and many["what"] == "64 edits at once"
     assert "MEND over FT of 25 updates" in many["note"] and many["seconds"] > 0
 
