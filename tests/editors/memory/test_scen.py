@@ -15,7 +15,9 @@ from errata.edits.memories.experts import Experts
 from errata.edits.memory import memory_at
 from errata.edits.stack import Stack
 from errata.errors import ConfigError
+from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
+from errata.lm.loss import Example, answer_logits, beginnings
 from errata.requests import Request
 from tests.conftest import TEMPLATES
 from tests.editors.memory.test_grace import FACTS, right
@@ -140,3 +142,16 @@ def test_one_block_alone(trained: LanguageModel) -> None:
         scen(layers=[1, 2]).edit(trained, FACTS[:1])
     with pytest.raises(ConfigError, match="threshold must be between"):
         scen(threshold=1.5)
+
+
+def test_how_an_answer_begins_is_how_its_expert_writes_it(trained: LanguageModel) -> None:
+    """Prompts of unlike length, some with an expert: one pass over them and the answers tells."""
+    prompts = [fact.text for fact in FACTS] + ["Rome is the capital of", "Once again: Peru"]
+    examples = [Example(prompt, "Madrid") for prompt in prompts]
+    with scen().edit(trained, FACTS[:2]).applied(trained):
+        written = [text.strip() for text in complete(trained, prompts, new_tokens=6)]
+        with torch.no_grad():
+            answers = answer_logits(trained, examples, following=True)
+        begun = [one.text.strip() for one in beginnings(trained, examples, answers)]
+    assert all(begun)
+    assert [text[: len(b)] for text, b in zip(written, begun, strict=True)] == begun

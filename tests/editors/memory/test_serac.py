@@ -29,7 +29,7 @@ from errata.edits.stack import Stack
 from errata.errors import ConfigError, EditFileError, FitError
 from errata.lm.generate import complete
 from errata.lm.load import LanguageModel
-from errata.lm.loss import Example, answer_logits, losses, predictions
+from errata.lm.loss import Example, answer_logits, beginnings, losses, predictions
 from errata.lm.smaller import described, first_blocks, same_vocabulary
 from errata.requests import Case, Probe, Request
 from tests.conftest import CAPITALS, TEMPLATES
@@ -125,6 +125,19 @@ def test_generation_goes_on_with_whoever_began(fitted: FittedSerac, lm: Language
             written = after[i].strip()
             assert right(lm, [(prompts[i], written)]) == [True]
     assert [after[i] for i in (1, 3)] == [before[i] for i in (1, 3)]
+
+
+def test_how_an_answer_begins_is_how_it_is_written(fitted: FittedSerac, lm: LanguageModel) -> None:
+    """One pass over prompts and answers tells it, whoever answers."""
+    prompts = [t.format(c) for t in TEMPLATES[:2] for c in ("France", "Italy")]
+    examples = [Example(prompt, answer) for prompt in prompts for answer in ("Madrid", "Rome")]
+    with fitted.edit(lm, [request("France", "Madrid")]).applied(lm):
+        written = [text.strip() for text in complete(lm, prompts, new_tokens=5) for _ in range(2)]
+        with torch.no_grad():
+            answers = answer_logits(lm, examples, following=True)
+        begun = [one.text.strip() for one in beginnings(lm, examples, answers)]
+    assert [text[: len(b)] for text, b in zip(written, begun, strict=True)] == begun
+    assert begun[0].startswith("Madrid") and all(begun)
 
 
 def test_the_later_edit_of_a_prompt_wins(
