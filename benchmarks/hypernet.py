@@ -59,8 +59,8 @@ def fitting(bench: Bench) -> Iterator[Row]:
     update = Update.of(lm, mlp_paths(lm, layers), TransformConfig(rank=RANK))
     cases = bench.setting.cases[: EDITS * 3]
     started(lm, update, cases[EDITS:])
+    (asked,) = questions(cases[:EDITS], EDITS)
     for at_once in AT_ONCE:
-        (asked,) = questions(cases[:EDITS], EDITS)
         parts = questions(cases[:EDITS], at_once)
         yield _fitting(bench, update, layers, asked, parts)
 

@@ -181,9 +181,8 @@ def test_of_numbers_told_before_only_what_is_other_is_told(tmp_path: Path) -> No
     markdown = told.read_text(encoding="utf-8")
     assert "but `relaxation` 0.2" in markdown  # of a batch of 4
     assert "but `relaxation` 0.8, `window` true" in markdown
-    assert (
-        markdown.count('"window": true') == 1
-    )  # of EMMET's 16 three are other; once for both models
+    # Of EMMET's batches of 16 three are other: told anew, once for both models.
+    assert markdown.count('"window": true') == 1
 
 
 def test_what_is_lacking_is_told(tmp_path: Path) -> None:

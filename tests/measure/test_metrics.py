@@ -68,7 +68,9 @@ def test_the_beginning_of_a_text_tells_nothing_that_the_whole_denies(
     assert None not in known[first:]
     if text and text.strip()[0] != answer[0]:
         assert known[-1] is False
-    # Half a letter is none yet.
+
+
+def test_half_a_letter_tells_nothing_yet() -> None:
     assert metrics.reads_already("S\ufffd", "São", ended=False) is None
     assert metrics.reads_already("Rome\ufffd", "Rome", ended=False) is None
 

@@ -373,7 +373,7 @@ def _cut_short(unit: Unit, lm: LanguageModel, steps: int) -> int:
     method, _ = editor_of(replace(unit, settings=settings_of(unit)), lm, ())
     assert isinstance(method, Trainable)
     cases = training_cases(unit)
-    # Choosing blocks reads every case, and is little beside the steps of a fit.
+    # What comes before the first step, such as choosing blocks by all cases, is not counted.
     few = replace(cases, train=cases.train[: SAMPLE * _edits_in_a_step(unit)])
     with suppress(_EnoughSteps):
         method.fit(lm, few, progress=watch)

@@ -10,6 +10,9 @@ from errata.jobs.claims import SIGNS, Claim
 from errata.jobs.findings import Findings, Machine, UnitShown
 from errata.jobs.tables import Number, Table, number, number_text
 
+_FEW = 2
+"""Numbers that may be other than those of a unit that is pointed at."""
+
 
 def markdown(found: Findings, pictures: Sequence[Sequence[str]]) -> str:
     """The report as Markdown.
@@ -95,10 +98,6 @@ def _other(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]
         return None
     other = {key: value for key, value in config.items() if value != told[key]}
     return other if len(other) <= _FEW else None
-
-
-_FEW = 2
-"""Numbers that may be other."""
 
 
 def _machines(found: Findings) -> Iterator[str]:
