@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from errata.errors import NotFiniteError
+from errata.errors import ConfigError, NotFiniteError
 from errata.lm.load import LanguageModel
 from errata.lm.loss import Example, losses, predictions
 from errata.lm.weights import weight_out_in
@@ -128,12 +128,13 @@ def test_cases_are_compared_with_the_unedited_model(kind: str) -> None:
     """By hand, each case and each question by itself; for every kind of model."""
     lm = tiny_lm(kind)
     cases = cases_of(lm)
-    before = unedited(lm, cases, COMPARISONS)
+    comparisons = [c for c in COMPARISONS if lm.task == "generate" or c != "perplexity"]
+    before = unedited(lm, cases, comparisons)
     paths = [lm.mlp_out_path(layer) for layer in range(lm.layers)]
     for path in paths:
         with torch.no_grad():
             weight_out_in(lm.module(path)).mul_(-1.5)
-    found = compared(lm, cases, before, COMPARISONS)
+    found = compared(lm, cases, before, comparisons)
     for case, old, told in zip(cases, before, found, strict=True):
         groups = {name: answered(lm, examples) for name, examples in asked(case).items()}
         right = groups["rewrite"].right + groups["paraphrases"].right
@@ -143,6 +144,11 @@ def test_cases_are_compared_with_the_unedited_model(kind: str) -> None:
         assert told["rewrite.share"] == pytest.approx(wanted, abs=1e-4)
         assert ("S.share" in told) == bool(case.neighbours)
         assert told["EA.rewrite"] == told["Reliability.forced"] == groups["rewrite"].accuracy
+        for name, those in groups.items():
+            measured = bool(those.right) and lm.task == "generate"
+            assert (f"{name}.perplexity" in told) == measured
+            if measured:
+                assert told[f"{name}.perplexity"] == pytest.approx(those.perplexity, rel=1e-4)
         if not case.neighbours:
             assert not {"DD", "DD.perplexity", "Locality", "Average"} & told.keys()
             continue
@@ -156,6 +162,13 @@ def test_cases_are_compared_with_the_unedited_model(kind: str) -> None:
             assert told["Average"] == pytest.approx(sum(three) / 3)
     summary = Scores(tuple({"metrics": one} for one in found)).summary()
     assert [name for name in COLUMNS if name in summary] == list(summary) and summary["EA"].n == 3
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert-labels"])
+def test_what_writes_nothing_has_no_perplexity(kind: str) -> None:
+    lm = tiny_lm(kind)
+    with pytest.raises(ConfigError, match="writes nothing"):
+        unedited(lm, cases_of(lm), ["perplexity"])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])

@@ -17,6 +17,7 @@ from errata.pocket.claims import Claims
 from errata.pocket.corpus import passages
 from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
 from errata.pocket.questions import question_cases
+from errata.pocket.sentences import sentence_cases
 from errata.requests import Case, Probe, Request, read_case_lines, read_jsonl
 
 POCKET = "pocket"
@@ -50,6 +51,13 @@ from `PASSAGES_TAUGHT`, which is about other subjects."""
 PASSAGES_TAUGHT = "pocket-passages-taught"
 """The same about the other half of the subjects."""
 
+SENTENCES = "pocket-sentences"
+"""Passages about our own subjects with a made-up sentence to follow, and others that are to keep
+their true ones (SCEN's second task); numbers are chosen on `SENTENCES_TAUGHT`."""
+
+SENTENCES_TAUGHT = "pocket-sentences-taught"
+"""The same about other subjects."""
+
 POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     POCKET: lambda seed, count: pocket_cases(count, seed=seed),
     POCKET_ANY: lambda seed, count: pocket_cases(count, seed=seed, any_wording=True),
@@ -61,6 +69,10 @@ POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     ),
     PASSAGES: lambda seed, count: passage_cases(count, seed=seed),
     PASSAGES_TAUGHT: lambda seed, count: passage_cases(count, seed=seed, taught=True),
+    SENTENCES: lambda seed, count: sentence_cases(Encyclopedia.load(), seed, count),
+    SENTENCES_TAUGHT: lambda seed, count: sentence_cases(
+        Encyclopedia.load(), seed, count, part="taught"
+    ),
 }
 """What these names stand for: the first `count` cases that a seed draws, or all."""
 

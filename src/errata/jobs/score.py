@@ -72,7 +72,8 @@ _NAMED = {
     "Generality.forced": ("Generality (forced)", "the same in other wordings"),
     "Locality.forced": ("Locality (forced)", "the same of what was answered rightly before"),
 }
-_NOT_SHARES = ("GE", "KL neighbours", "KL text", "perplexity", "DD.perplexity")
+_NOT_SHARES = ("GE", "KL neighbours", "KL text")
+"""Beside perplexities."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _lines(columns: Sequence[Mapping[str, Estimate]]) -> tuple[ScoreLine, ...]:
         ScoreLine(
             *meaning(name),
             estimates=tuple(column.get(name) for column in columns),
-            percent=name not in _NOT_SHARES,
+            percent=name not in _NOT_SHARES and not name.endswith("perplexity"),
         )
         for name in names
     )

@@ -16,11 +16,8 @@ from errata.jobs.study import COSTS, FIELDS, METRICS, TableSpec, Where, check_na
 from errata.jobs.units import SWEPT
 from errata.measure.metrics import Estimate
 
-UNSCALED = (
-    *("GE", f"{IMMEDIATE}GE", "DD.perplexity", f"{IMMEDIATE}DD.perplexity"),
-    *("perplexity", "perplexity ratio", "KL neighbours", "KL text", *COSTS),
-)
-"""Metrics that are no shares: told as they are, not times 100."""
+UNSCALED = ("GE", f"{IMMEDIATE}GE", "perplexity ratio", "KL neighbours", "KL text", *COSTS)
+"""Metrics that are no shares, like all perplexities: told as they are, not times 100."""
 
 HEADLINE = ("S", "ES", "PS", "NS", "EA", "DD", "Reliability", "Generality", "Locality", "Average")
 """What is shown where nobody chose, of what was measured."""
@@ -147,7 +144,7 @@ def scaled(estimate: Estimate, metric: str) -> Estimate:
 
 def scale(metric: str) -> int:
     """What a metric is multiplied by for people."""
-    return 1 if metric in UNSCALED else 100
+    return 1 if metric in UNSCALED or metric.endswith("perplexity") else 100
 
 
 def heading(name: str) -> str:

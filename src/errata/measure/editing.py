@@ -11,6 +11,9 @@ itself: to the edit's prompt, to its other wordings, and to the questions that m
 that the unedited model answered rightly. An answer counts that begins with the wanted one as whole
 words, since not every model stops there; an encoder, which writes nothing, chooses. `.forced` is
 the same under teacher forcing, every token of the answer.
+
+Perplexities (SCEN's second task) are those of the wanted answers, whole sentences as a rule: of the
+edit's own, and of those that must stay as likely as they were. Of each case's own, averaged.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from errata.errors import NotFiniteError
+from errata.errors import ConfigError, NotFiniteError
 from errata.lm.load import LanguageModel
 from errata.lm.loss import (
     Beginning,
@@ -37,10 +40,10 @@ from errata.measure.metrics import Estimate, interval, reads, reads_already
 from errata.measure.shares import case_probabilities, shares
 from errata.requests import Case
 
-Comparison = Literal["editing", "answers", "shares"]
-COMPARISONS: tuple[Comparison, ...] = ("editing", "answers", "shares")
-"""What compares an edited model with itself as it was: EA and DD; Reliability and its like; the
-shares of the possible (`errata.measure.shares`)."""
+Comparison = Literal["editing", "answers", "shares", "perplexity"]
+COMPARISONS: tuple[Comparison, ...] = ("editing", "answers", "shares", "perplexity")
+"""What is read of an edited model beside itself as it was: EA and DD; Reliability and its like; the
+shares of the possible (`errata.measure.shares`); perplexities of whole answers."""
 
 EDITING_COLUMNS = (
     "EA",
@@ -59,6 +62,9 @@ EDITING_COLUMNS = (
     "rewrite.share",
     "paraphrases.share",
     "neighbours.share",
+    "rewrite.perplexity",
+    "paraphrases.perplexity",
+    "neighbours.perplexity",
 )
 """Their metrics, in the order of tables."""
 
@@ -209,7 +215,16 @@ class Unedited:
 def unedited(
     lm: LanguageModel, cases: Sequence[Case], comparisons: Collection[Comparison]
 ) -> list[Unedited]:
-    """Ask the unedited model, all cases at once; what `compared` wants to know."""
+    """Ask the unedited model, all cases at once; what `compared` wants to know.
+
+    Raises:
+        ConfigError: perplexities are asked of a model that does not write.
+    """
+    if "perplexity" in comparisons and lm.task != "generate":
+        raise ConfigError(
+            f"{lm.name} writes nothing, so its answers have no perplexity; leave `perplexity` out "
+            "of `metrics`."
+        )
     questions = [asked(case)["neighbours"] for case in cases]
     targets = _targets(lm, cases, comparisons)
     asked_all = _asked_all(lm, questions, "answers" in comparisons)
@@ -251,6 +266,9 @@ def compared(
             right = _answers(rewrite.right, others.right, kept.right, old.forced.right)
             right.pop("Average", None)
             measured |= {f"{name}.forced": value for name, value in right.items()}
+        if "perplexity" in comparisons:
+            told = zip(GROUPS, (rewrite, others, kept), strict=True)
+            measured |= {f"{name}.perplexity": one.perplexity for name, one in told if one.right}
         reached = shares(cases[number].request, old.target, targets[number])
         measured |= {f"{name}.share": value for name, value in reached.items()}
         found.append({name: measured[name] for name in EDITING_COLUMNS if name in measured})

@@ -332,8 +332,8 @@ def _range(name: str) -> tuple[float, float]:
     """Which values a metric can take."""
     if name == "GE":
         return 0.0, math.inf
-    if name == "DD.perplexity":
-        return -math.inf, math.inf
+    if name.endswith("perplexity"):
+        return (-math.inf if name.startswith("DD") else 0.0), math.inf
     negative = name in ("EM", "PM", "NM", "DD") or name.endswith(".magnitude")
     return (-1.0 if negative else 0.0), 1.0
 

@@ -272,20 +272,31 @@ class Encyclopedia:
         ):
             templates = [(fact, rng.choice(self.split(fact).seen)) for fact in facts]
             return " ".join(statement(fact, template) + "." for fact, template in templates)
+        return " ".join([kind.introduce(subject), *self.joined(facts, kind, rng)])
+
+    def joined(self, facts: Sequence[Fact], kind: Kind, rng: random.Random) -> list[str]:
+        """Sentences that say facts about one subject, which is called by a noun.
+
+        With the subject's name a clause could be a held-out template.
+
+        Args:
+            facts: what to say, in this order; their relations have clauses.
+            kind: the subject's.
+            rng: chooses the words, and how many facts a sentence says.
+        """
         clauses = [
             rng.choice(self.relations[f.relation].clauses).replace("{object}", f.object)
             for f in facts
         ]
-        sentences = [kind.introduce(subject)]
+        sentences = []
         while clauses:
             size = rng.randint(1, min(3, len(clauses)))
-            # The noun, never the subject's name: with it a clause could be a held-out template.
             join = _named(rng.choice(self.joins[size]), kind)
             for i in range(size):
                 join = join.replace(f"{{c{i + 1}}}", clauses[i])
             sentences.append(join)
             clauses = clauses[size:]
-        return " ".join(sentences)
+        return sentences
 
     def sentence(self, fact: Fact, rng: random.Random, *, opening: float = 0.0) -> str:
         """The fact in one of its seen templates, with a full stop.
