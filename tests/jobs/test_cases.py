@@ -51,9 +51,12 @@ def test_passages_go_on_as_they_do_and_those_that_are_learnt_from_are_about_othe
     assert read_cases(PASSAGES, 5) == read_cases(PASSAGES)[:5]
 
 
-def test_redrawn_cases_give_a_fact_several_new_objects_and_no_prompt_two() -> None:
-    cases = sample_cases("pocket-redrawn", None, seed=1)
-    assert len({case.request.text for case in cases}) == len(cases) > 2 * len(pocket_cases())
+@pytest.mark.parametrize("once", ["pocket", "pocket-questions-taught"])
+def test_redrawn_cases_give_a_fact_several_new_objects_and_no_prompt_two(once: str) -> None:
+    cases = sample_cases(once.replace("-taught", "") + "-redrawn", None, seed=1)
+    facts = {(case.request.subject, case.relation) for case in read_cases(once)}
+    assert {(case.request.subject, case.relation) for case in cases} >= facts
+    assert len({case.request.text for case in cases}) == len(cases) > 2 * len(read_cases(once))
     assert len({case.case_id for case in cases}) == len(cases)
     objects: dict[tuple[str, str], set[str]] = {}
     for case in cases:

@@ -44,6 +44,9 @@ fitted learn from `QUESTIONS_TAUGHT`, which is about other facts."""
 QUESTIONS_TAUGHT = "pocket-questions-taught"
 """The same about the facts that the decoders which answer questions were tuned on."""
 
+QUESTIONS_REDRAWN = "pocket-questions-redrawn"
+"""`QUESTIONS_TAUGHT` with several new answers to each fact, as `REDRAWN` has several objects."""
+
 PASSAGES = "pocket-passages"
 """Passages about our own subjects to go on with, in WikiText's form; those that are fitted learn
 from `PASSAGES_TAUGHT`, which is about other subjects."""
@@ -61,12 +64,11 @@ SENTENCES_TAUGHT = "pocket-sentences-taught"
 POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     POCKET: lambda seed, count: pocket_cases(count, seed=seed),
     POCKET_ANY: lambda seed, count: pocket_cases(count, seed=seed, any_wording=True),
-    REDRAWN: lambda seed, count: redrawn_cases(count, seed=seed),
+    REDRAWN: lambda seed, count: redrawn(lambda one: pocket_cases(seed=one), seed, count),
     CLAIMS: lambda seed, count: Claims(Encyclopedia.load()).cases(seed, count),
     QUESTIONS: lambda seed, count: question_cases(Encyclopedia.load(), seed, count),
-    QUESTIONS_TAUGHT: lambda seed, count: question_cases(
-        Encyclopedia.load(), seed, count, part="taught"
-    ),
+    QUESTIONS_TAUGHT: lambda seed, count: taught_questions(seed, count),
+    QUESTIONS_REDRAWN: lambda seed, count: redrawn(taught_questions, seed, count),
     PASSAGES: lambda seed, count: passage_cases(count, seed=seed),
     PASSAGES_TAUGHT: lambda seed, count: passage_cases(count, seed=seed, taught=True),
     SENTENCES: lambda seed, count: sentence_cases(Encyclopedia.load(), seed, count),
@@ -166,14 +168,19 @@ def pocket_cases(
     return counterfact.cases(records, source=POCKET)
 
 
-def redrawn_cases(count: int | None = None, *, seed: int = 0) -> list[Case]:
-    """Several draws of the benchmark, one after another; each prompt once, as it was drawn first.
+def redrawn(draw: Callable[[int], list[Case]], seed: int, count: int | None) -> list[Case]:
+    """Several draws of a source, one after another; each prompt once, as it was drawn last.
 
-    Each is spread over the relations, so a smaller count has the facts of the first draws.
+    A smaller count has the prompts of the first draws.
     """
-    draws = (pocket_cases(seed=seed * DRAWS + number) for number in range(DRAWS))
-    different = {case.request.text: case for draw in draws for case in draw}
+    draws = (draw(seed * DRAWS + number) for number in range(DRAWS))
+    different = {case.request.text: case for cases in draws for case in cases}
     return list(islice(different.values(), count))
+
+
+def taught_questions(seed: int = 0, count: int | None = None) -> list[Case]:
+    """Questions about the facts that decoders were tuned on, with new answers."""
+    return question_cases(Encyclopedia.load(), seed, count, part="taught")
 
 
 def passage_cases(count: int | None = None, *, seed: int = 0, taught: bool = False) -> list[Case]:

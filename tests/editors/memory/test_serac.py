@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,10 @@ def test_strangers_are_what_the_cases_tell() -> None:
     cases = [france, again, peru]
     inside = strangers(cases, ["France has its capital in"], [0], inside=True)
     assert inside.tolist() == [[False, False, True]]
+    # The same fact asked in other words is no stranger either, where cases tell which fact it is.
+    asked = Case(Request("What is {}'s capital?", "France", "Oslo"), relation="capital")
+    said = replace(france, relation="capital")
+    assert strangers([said, asked], ["France lies"], [0], inside=True).tolist() == [[False, False]]
     outside = strangers(cases, ["Peru is", "France lies"], [0, 0], inside=False)
     assert outside.tolist() == [[True, True, False], [True, False, True]]
 

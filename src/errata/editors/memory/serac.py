@@ -383,7 +383,8 @@ def strangers(
             if j == mine:
                 apart[i, j] = not inside
             elif inside:  # another fact of the same subject is a stranger, the same fact is none
-                apart[i, j] = case.request.text != cases[mine].request.text
+                same = bool(case.relation) and case.fact == cases[mine].fact
+                apart[i, j] = not same and case.request.text != cases[mine].request.text
             else:
                 apart[i, j] = case.request.subject not in prompt
     return apart
