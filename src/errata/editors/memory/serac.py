@@ -285,6 +285,8 @@ class SeracLearner(Learner):
         self.lm, self.path, self.parts, self.encoder = lm, path, parts, encoder
         self.config = config
         self.second = LanguageModel.of(parts.network, lm.tokenizer, name="the counterfactual model")
+        # It is to end after its answer, as answers of encoder-decoders do, lest it babble on.
+        self.end = (lm.tokenizer.eos_token or "") if lm.kind == "decoder" else ""
 
     def loss(self, cases: Sequence[Case], draw: random.Random) -> Mapping[str, Tensor]:
         """The loss of some cases, all of whose edits are in memory.
@@ -302,7 +304,7 @@ class SeracLearner(Learner):
         beside: list[int] = []
         for number, case in enumerate(cases):
             some = drawn(wordings(case), config.wordings, draw)
-            asked_in += some
+            asked_in += [replace(one, answer=one.answer + self.end) for one in some]
             owner += [number] * len(some)
             other = outside(case)
             other = draw.sample(other, min(config.outside, len(other)))
