@@ -8,7 +8,7 @@ change.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Self
@@ -123,6 +123,8 @@ class Held:
     loan: Borrowed
     groups: list[tuple[list[Sequence[int]], Replay]]
     """Rows of token ids, and what the blocks below the trained ones say to them."""
+    before: Tensor | None = None
+    """What the model says of all rows by its own weights, where these are few."""
 
     @classmethod
     def of(cls, loan: Borrowed, rows: Sequence[Sequence[int]], layer: int) -> Self:
@@ -130,22 +132,26 @@ class Held:
         grouped = batches([len(row) for row in rows], BATCH_TOKENS)
         texts = [[rows[i] for i in group] for group in grouped]
         lm = loan.lm
-        return cls(
-            loan,
-            [(some, Replay.of(lm, layer, partial(distributions, lm, some))) for some in texts],
-        )
+        groups = [(some, Replay.of(lm, layer, partial(distributions, lm, some))) for some in texts]
+        held = cls(loan, groups)
+        return replace(held, before=held._own(*groups[0])) if len(groups) == 1 else held
 
     def divergences(self) -> Iterator[Tensor]:
         """Shares of KL(before || now) in nats, averaged over what the model says of all rows.
 
-        Each has a gradient; together they are the mean. What the model said before is computed anew
-        each time, by its own weights: to keep all these probabilities would fill the memory.
+        Each has a gradient; together they are the mean. Of many rows, what the model said before is
+        computed anew each time: to keep all these probabilities would fill the memory.
         """
-        loan, count = self.loan, sum(len(some) for some, _ in self.groups)
+        count = sum(len(some) for some, _ in self.groups)
         for some, below in self.groups:
+            before = self._own(some, below) if self.before is None else self.before
             with below.told():
-                with loan.as_before(), torch.no_grad():
-                    before = distributions(loan.lm, some)
-                now = distributions(loan.lm, some)
+                now = distributions(self.loan.lm, some)
             total = kl_div(now, before, reduction="sum", log_target=True)
             yield total / len(before) * len(some) / count
+
+    @torch.no_grad()
+    def _own(self, some: list[Sequence[int]], below: Replay) -> Tensor:
+        """What the model says of some rows by its own weights."""
+        with below.told(), self.loan.as_before():
+            return distributions(self.loan.lm, some)
