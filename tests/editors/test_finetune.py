@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from errata.editors import EDITORS, Background
-from errata.editors.tuning import finetune
+from errata.editors.tuning import finetune, locality
 from errata.editors.tuning.asked import Asked, Scored, asked_losses, last_position
 from errata.editors.tuning.finetune import FineTune
 from errata.editors.tuning.locality import LocalityConfig, Pool
@@ -155,6 +155,7 @@ def test_small_batches_give_the_same_change(monkeypatch: pytest.MonkeyPatch) -> 
     whole = editor("ft-kl").edit(lm, requests)
     small = editor("ft-kl")
     small.batch_tokens = 1
+    monkeypatch.setattr(locality, "BATCH_TOKENS", 1)
     calls: list[int] = []
 
     def counted(lm: LanguageModel, asked: Sequence[Asked], loss: Scored) -> torch.Tensor:
