@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from errata.lm.distributions import distributions
+from errata.lm.distributions import distributions, said
 from errata.lm.tokens import encode
 from tests.lm.families import tiny_lm
 
@@ -22,13 +22,15 @@ def test_every_token_of_every_row_has_its_say(variant: str) -> None:
     found = distributions(lm, rows)
     plain = [lm.network(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
     assert_close(found, torch.cat(plain), rtol=1e-4, atol=1e-5)
+    assert len(found) == said(lm, rows)
 
 
 def test_a_classifier_says_its_label_once() -> None:
     lm = tiny_lm("bert-labels")
     rows = encode(lm, TEXTS)
     plain = [lm.network(torch.tensor([row])).logits.log_softmax(-1) for row in rows]
-    assert_close(distributions(lm, rows), torch.cat(plain), rtol=1e-4, atol=1e-5)
+    assert_close(found := distributions(lm, rows), torch.cat(plain), rtol=1e-4, atol=1e-5)
+    assert len(found) == said(lm, rows)
 
 
 @pytest.mark.parametrize("variant", ["t5", "bart"])
@@ -41,7 +43,8 @@ def test_an_encoder_decoder_says_how_its_answer_begins(variant: str) -> None:
         network(torch.tensor([row]), decoder_input_ids=start).logits[0, -1:].log_softmax(-1)
         for row in rows
     ]
-    assert_close(distributions(lm, rows), torch.cat(plain), rtol=1e-4, atol=1e-5)
+    assert_close(found := distributions(lm, rows), torch.cat(plain), rtol=1e-4, atol=1e-5)
+    assert len(found) == said(lm, rows)
 
 
 def test_gradients_flow_and_half_precision_is_widened() -> None:

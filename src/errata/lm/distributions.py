@@ -14,6 +14,12 @@ from errata.lm.prompts import asked, halves
 from errata.lm.tokens import pad
 
 
+def said(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> int:
+    """How many distributions there are of some rows."""
+    one_each = lm.task == "classify" or lm.kind == "encoder-decoder"
+    return len(rows) if one_each else sum(map(len, rows))
+
+
 def distributions(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
     """Log-probabilities (m, outputs), in float32 or wider and with gradient, of rows of token ids.
 
@@ -35,6 +41,6 @@ def distributions(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
         places, columns = batch.mask.nonzero(as_tuple=True)
         logits = logits_at(lm, batch, places, columns, ends)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    said = logits.log_softmax(dim=-1)
-    assert isinstance(said, Tensor)
-    return said
+    found = logits.log_softmax(dim=-1)
+    assert isinstance(found, Tensor)
+    return found
