@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from errata.lm.distributions import distributions, said
+from errata.lm.distributions import distributions, how_many
 from errata.lm.tokens import encode
 from tests.lm.families import tiny_lm
 
@@ -22,7 +22,7 @@ def test_every_token_of_every_row_has_its_say(variant: str) -> None:
     found = distributions(lm, rows)
     plain = [lm.network(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
     assert_close(found, torch.cat(plain), rtol=1e-4, atol=1e-5)
-    assert len(found) == said(lm, rows)
+    assert len(found) == how_many(lm, rows)
 
 
 def test_a_classifier_says_its_label_once() -> None:
@@ -30,7 +30,7 @@ def test_a_classifier_says_its_label_once() -> None:
     rows = encode(lm, TEXTS)
     plain = [lm.network(torch.tensor([row])).logits.log_softmax(-1) for row in rows]
     assert_close(found := distributions(lm, rows), torch.cat(plain), rtol=1e-4, atol=1e-5)
-    assert len(found) == said(lm, rows)
+    assert len(found) == how_many(lm, rows)
 
 
 @pytest.mark.parametrize("variant", ["t5", "bart"])
@@ -44,7 +44,7 @@ def test_an_encoder_decoder_says_how_its_answer_begins(variant: str) -> None:
         for row in rows
     ]
     assert_close(found := distributions(lm, rows), torch.cat(plain), rtol=1e-4, atol=1e-5)
-    assert len(found) == said(lm, rows)
+    assert len(found) == how_many(lm, rows)
 
 
 def test_gradients_flow_and_half_precision_is_widened() -> None:

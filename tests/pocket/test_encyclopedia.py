@@ -32,11 +32,6 @@ COUNTERFACT = {
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Encyclopedia:
-    return Encyclopedia.load()
-
-
-@pytest.fixture(scope="module")
 def cases(shipped: Encyclopedia) -> list[dict[str, Any]]:
     return shipped.cases()
 

@@ -10,11 +10,6 @@ from errata.requests import Case
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Encyclopedia:
-    return Encyclopedia.load()
-
-
-@pytest.fixture(scope="module")
 def cases(shipped: Encyclopedia) -> list[Case]:
     return sentence_cases(shipped)
 

@@ -14,7 +14,7 @@ from errata.lm.prompts import asked, halves
 from errata.lm.tokens import pad
 
 
-def said(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> int:
+def how_many(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> int:
     """How many distributions there are of some rows."""
     one_each = lm.task == "classify" or lm.kind == "encoder-decoder"
     return len(rows) if one_each else sum(map(len, rows))

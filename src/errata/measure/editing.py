@@ -42,8 +42,8 @@ from errata.requests import Case
 
 Comparison = Literal["editing", "answers", "shares", "perplexity"]
 COMPARISONS: tuple[Comparison, ...] = ("editing", "answers", "shares", "perplexity")
-"""What is read of an edited model beside itself as it was: EA and DD; Reliability and its like; the
-shares of the possible (`errata.measure.shares`); perplexities of whole answers."""
+"""What is read beside the unedited model: EA and DD; Reliability and its like; the shares of the
+possible (`errata.measure.shares`). And perplexities of whole answers, which stand alone."""
 
 EDITING_COLUMNS = (
     "EA",

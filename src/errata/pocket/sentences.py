@@ -3,8 +3,8 @@
 SCEN's second task (Yao et al. 2024, appendix B) puts a true sentence where a model makes one up.
 The pocket decoders have read all that is true of their subjects, so it is the other way round here:
 the sentence to be written is made up, and true ones about other subjects are to stay as likely as
-they were. A prompt ends with the subject's name: at a full stop, where all passages look alike to
-models so small, no memory could tell whose passage it is.
+they were. A prompt ends with the subject's name: a memory knows a prompt by its last token, and at
+a full stop models so small keep little of whose passage it is.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from errata.requests import Case, Probe, Request
 Part = Literal["taught", "edited", "kept"]
 
 PARTS: tuple[Part, ...] = ("taught", "edited", "edited", "edited", "kept")
-"""What becomes of a subject, by lot: numbers are chosen on it, it is edited, or it must
-stay as it is."""
+"""What becomes of a subject, by lot: numbers are chosen on it, it is edited, or it must stay."""
 
 REPHRASES = 2
 """Other wordings of a passage in a case, at most: a short one may come out the same."""

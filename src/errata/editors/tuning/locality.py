@@ -21,7 +21,7 @@ from errata.editors.background import Background
 from errata.editors.config import Config
 from errata.editors.difference import Borrowed
 from errata.errors import ConfigError
-from errata.lm.distributions import distributions, said
+from errata.lm.distributions import distributions, how_many
 from errata.lm.forward import Replay
 from errata.lm.load import LanguageModel
 from errata.lm.sentences import SentenceEncoder, own_vectors
@@ -142,7 +142,7 @@ class Held:
         Each has a gradient; together they are the mean. Of many rows, what the model said before is
         computed anew each time: to keep all these probabilities would fill the memory.
         """
-        count = sum(said(self.loan.lm, some) for some, _ in self.groups)
+        count = sum(how_many(self.loan.lm, some) for some, _ in self.groups)
         for some, below in self.groups:
             before = self._own(some, below) if self.before is None else self.before
             with below.told():
