@@ -60,11 +60,32 @@ def test_a_neuron_begins_driven_to_one_by_its_own_token() -> None:
 
 def test_the_losses_are_those_of_the_paper() -> None:
     config = PatchConfig(act_margin=0.5, loudest=2, loudest_own=1)
-    own, old = torch.tensor([1.0, 2.0]), torch.tensor([[-4.0, -1.0], [-2.0, -5.0], [0.0, -3.0]])
+    own, drives = torch.tensor([1.0, 2.0]), torch.tensor([[-4.0, -1.0], [-2.0, -5.0], [0.0, -3.0]])
     assert_close(activation_loss(own, config), torch.tensor(0.5 - 1.0).exp())
     absolute = torch.tensor([3.0, 2.0]).exp().mean()  # drives 0 and -1, from beta = -3 on
     beside = torch.tensor([0.0 - 1 + 3, -2.0 - 1 + 3]).exp().mean()  # the others: -1 - 2 + 3 = 0
-    assert_close(memory_loss(old, own, config), absolute + beside)
+    neurons = Neurons(torch.eye(2), torch.zeros(2), torch.zeros(2, 1))
+    assert_close(memory_loss(neurons, drives, own, config), absolute + beside)
+
+
+def test_gradients_of_silence_are_those_of_the_whole_text() -> None:
+    config = PatchConfig(loudest=6)
+    old, own = torch.randn(40, 5), torch.randn(3, requires_grad=True)
+    neurons = Neurons(torch.randn(3, 5, requires_grad=True), torch.zeros(3), torch.zeros(3, 1))
+    whole = sum(
+        (drives.flatten().sort(descending=True).values[:6] - margin).exp().mean()
+        for drives, margin in (
+            (neurons.drives(old), config.beta),
+            (neurons.drives(old) - own, config.gamma),
+        )
+    )
+    assert isinstance(whole, Tensor)
+    for mine, theirs in zip(
+        torch.autograd.grad(memory_loss(neurons, old, own, config), [neurons.keys, own]),
+        torch.autograd.grad(whole, [neurons.keys, own]),
+        strict=True,
+    ):
+        assert_close(mine, theirs)
 
 
 def test_neurons_add_what_the_formula_says() -> None:

@@ -80,19 +80,30 @@ def activation_loss(own: Tensor, config: PatchConfig) -> Tensor:
         own: (n,) how each neuron is driven by its own token.
         config: margin and k.
     """
-    return _loudest(config.act_margin - own, config.loudest_own)
+    return (config.act_margin - own).topk(min(config.loudest_own, len(own))).values.exp().mean()
 
 
-def memory_loss(old: Tensor, own: Tensor, config: PatchConfig) -> Tensor:
+def memory_loss(neurons: Neurons, old: Tensor, own: Tensor, config: PatchConfig) -> Tensor:
     """mean_1000 exp(A - beta) + mean_1000 exp(A - a - gamma).
 
+    Gradients go back through the loudest alone, as those of the others are zero.
+
     Args:
-        old: (m, n) how each neuron is driven by ordinary text.
-        own: (n,) how each is driven by its own token.
+        neurons: n of them.
+        old: (m, d_in) hidden states of ordinary text.
+        own: (n,) how each neuron is driven by its own token.
         config: margins and k.
     """
-    absolute = _loudest(old - config.beta, config.loudest)
-    return absolute + _loudest(old - own - config.gamma, config.loudest)
+    with torch.no_grad():
+        drives = neurons.drives(old)
+        absolute, beside = (_largest(some, config.loudest) for some in (drives, drives - own))
+
+    def driven(states: Tensor, which: Tensor) -> Tensor:
+        return neurons.drives(old.index_select(0, states)).gather(1, which[:, None])
+
+    return (driven(*absolute) - config.beta).exp().mean() + (
+        driven(*beside) - own[beside[1], None] - config.gamma
+    ).exp().mean()
 
 
 def first_neurons(queries: Tensor, d_out: int, *, amplify: float, seed: int) -> Neurons:
@@ -171,7 +182,7 @@ def train_neurons(
     while True:
         edit, right = answer(now)
         own = (queries * now.keys).sum(dim=1) + now.biases
-        silence = memory_loss(now.drives(old), own, config) if len(old) else edit.new_zeros(())
+        silence = memory_loss(now, old, own, config) if len(old) else edit.new_zeros(())
         loss = edit + config.activation * activation_loss(own, config) + config.memory * silence
         if not loss.isfinite():
             raise NotFiniteError(
@@ -198,6 +209,7 @@ def train_neurons(
     )
 
 
-def _loudest(drives: Tensor, count: int) -> Tensor:
-    """The mean of the exponentials of the largest, over all entries."""
-    return drives.flatten().topk(min(count, drives.numel()), sorted=False).values.exp().mean()
+def _largest(drives: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the largest entries."""
+    at = drives.flatten().topk(min(count, drives.numel()), sorted=False).indices
+    return at // drives.shape[1], at % drives.shape[1]

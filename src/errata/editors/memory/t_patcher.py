@@ -6,7 +6,7 @@ ordinary text, and to add what makes the answer right (`patches.py`). Weights an
 stay as they are: an edit holds its own neurons and no others.
 
 Neurons of the last MLP change nothing that any MLP sees, so hidden states are those of the model
-without them. Training runs the last block alone, and what stands below it once.
+without them. Training computes what comes after that MLP, and all that stands before it once.
 """
 
 from __future__ import annotations
@@ -162,21 +162,24 @@ class TPatcher(Editor):
         """The neurons of one request, trained; none if its answer is right already."""
         config = self.config.patch
         modules = {"in": lm.mlp_in(layer), "out": lm.mlp_out(layer)}
+        # Where the stream takes what an MLP adds as it is, it may as well be added after the block.
+        below, place = (layer + 1, lm.block) if lm.anatomy.additive else (layer, lm.mlp_out)
+        module, act = place(layer), lm.activation
         example = Example(request.text, request.target)
 
         def asked() -> Answers:
             return answer_logits(lm, [example])
 
-        with captured(modules, "both") as seen, Replay.of(lm, layer, asked).told():
-            with torch.no_grad():
-                asked()
-            x, output = seen.inputs["in"].detach(), seen.outputs["out"].detach()
+        with captured(modules, "both") as seen:
+            replay = Replay.of(lm, below, asked)
+        x, output = seen.inputs["in"], seen.outputs["out"]
+        with replay.told():
             none = _no_neurons(x.shape[-1], output.shape[-1], x.device)
-            before = Neurons.joined([none, *earlier])
+            before = Neurons.joined([none, *earlier])(x, act)
 
             def beside(neurons: Neurons) -> Answers:
-                added = before(x, lm.activation) + neurons(x, lm.activation)
-                with rewritten_output(modules["out"], lambda out: out + added.to(out)):
+                added = before + neurons(x, act)
+                with rewritten_output(module, lambda out: out + added.to(out)):
                     return asked()
 
             def answer(neurons: Neurons) -> tuple[Tensor, bool]:
