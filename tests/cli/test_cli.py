@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
+from rich.logging import RichHandler
 
 import errata
 from errata.cli import reference
@@ -159,6 +163,23 @@ def test_an_unknown_method_names_the_known(facts: Path, trained_folder: Path) ->
 def test_an_unwritable_place_is_found_first(facts: Path, trained_folder: Path) -> None:
     Path("file").write_text("in the way")
     assert "file" in refused("edit", facts, "-m", trained_folder, "-o", "file/edit.safetensors")
+
+
+@pytest.mark.parametrize(("words", "shown"), [((), 3), (("-v",), 1000)])
+def test_a_flood_of_warnings_is_cut_short(words: tuple[str, ...], shown: int) -> None:
+    invoke(*words, "models")
+    (handler,) = logging.getLogger("errata").handlers
+    assert isinstance(handler, RichHandler)
+    shown_on = StringIO()
+    handler.console = Console(file=shown_on, width=80)
+    log = logging.getLogger("errata.stream")
+    for number in range(1000):
+        log.warning("left out: edit %d", number)
+    log.warning("of another kind")
+    told = shown_on.getvalue()
+    assert told.count("left out") == shown
+    assert told.count("not shown (-v shows them all)") == (shown == 3)
+    assert "of another kind" in told
 
 
 def test_show(edit_files: tuple[Path, Path]) -> None:

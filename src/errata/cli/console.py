@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +23,8 @@ from rich.text import Text
 
 PATIENCE = 1.0
 """Seconds that a stage may take before its bar appears."""
+ALIKE = 3
+"""So many messages of one kind are shown."""
 
 
 def out() -> Console:
@@ -49,6 +53,26 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class FewAlike(logging.Filter):
+    """Lets the first messages of each kind through: a stream may say the same of a thousand edits.
+
+    Of one kind are those that one line of code logs.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been said yet."""
+        super().__init__()
+        self._said: Counter[tuple[str, int]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is shown; the last one of its kind says so."""
+        kind = record.pathname, record.lineno
+        self._said[kind] += 1
+        if self._said[kind] == ALIKE:
+            record.msg += "\nFurther messages like this are not shown (-v shows them all)."
+        return self._said[kind] <= ALIKE
 
 
 class Bars:

@@ -56,6 +56,8 @@ def main(verbose: int) -> None:
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = RichHandler(console=console.errors(), show_path=False, show_time=verbose > 1)
+    if not verbose:
+        handler.addFilter(console.FewAlike())
     logger = logging.getLogger("errata")
     logger.handlers = [handler]
     logger.setLevel(level)
