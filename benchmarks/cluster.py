@@ -36,8 +36,8 @@ from benchmarks.settings import SHAPES, Setting
 from errata.jobs import shards
 from errata.jobs.cluster import Where, held, map_
 from errata.jobs.shards import Places, Source
-from errata.jobs.studies import Job, work
-from errata.jobs.units import Unit
+from errata.jobs.studies.run import Job, work
+from errata.jobs.studies.units import Unit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 WORKERS = 1, 2

@@ -20,8 +20,8 @@ from unittest.mock import patch
 from benchmarks.measure import Row as Line
 from benchmarks.sections import Bench
 from errata.jobs.files import write_text
-from errata.jobs.rows import Row, to_json
-from errata.jobs.store import Store
+from errata.jobs.studies.rows import Row, to_json
+from errata.jobs.studies.store import Store
 from errata.measure.metrics import interval
 
 UNITS = 50

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from errata.jobs.declared import declared
-from errata.jobs.experiment import Experiment
-from errata.jobs.keys import unit_key
 from errata.jobs.methods import config_for
+from errata.jobs.studies.declared import declared
+from errata.jobs.studies.experiment import Experiment
+from errata.jobs.studies.keys import unit_key
 from errata.jobs.tuned import TUNED
 from errata.lm.load import POCKET
 

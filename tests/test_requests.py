@@ -8,7 +8,7 @@ import pytest
 
 from errata.edits.edit import as_json
 from errata.errors import RequestError, RequestFileError
-from errata.jobs.keys import cases_hash
+from errata.jobs.studies.keys import cases_hash
 from errata.requests import (
     INJECTION,
     VARIANTS,

@@ -112,6 +112,16 @@ def test_no_family_of_methods_imports_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
+def test_no_other_job_imports_those_of_experiments_or_of_locating(path: Path) -> None:
+    name = name_of(path)
+    if name[:1] != ("jobs",):
+        return
+    for module in imports(path):
+        for folder in {"studies", "locating"} - {name[1] if len(name) > 1 else ""}:
+            assert not module.startswith(f"errata.jobs.{folder}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
 def test_ray_lives_in_one_file(path: Path) -> None:
     if name_of(path) != ("jobs", "cluster"):
         assert all(module.split(".")[0] != "ray" for module in imports(path))

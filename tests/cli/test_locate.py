@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from errata.cli.options import edited_layers
-from errata.jobs import locate as job
+from errata.jobs.locating import locate as job
 from errata.locate.tracing import Traces
 from tests.cli.test_cli import refused, said, working
 

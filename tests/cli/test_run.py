@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from errata.cli.main import main
 from errata.errors import SolveError
-from errata.jobs import studies
+from errata.jobs.studies import run as studies
 from tests.jobs.working import experiment
 
 

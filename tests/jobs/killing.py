@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from errata.jobs import score
-from errata.jobs.experiment import Experiment
-from errata.jobs.keys import code_hash
-from errata.jobs.studies import run
+from errata.jobs.studies.experiment import Experiment
+from errata.jobs.studies.keys import code_hash
+from errata.jobs.studies.run import run
 
 for _method in ("memit", "emmet"):
     code_hash(_method)  # known to all that are forked

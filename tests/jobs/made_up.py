@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.jobs.cells import Cell, Run, cells
-from errata.jobs.experiment import Experiment, Unit
-from errata.jobs.results import Results, read_results
-from errata.jobs.rows import Row, to_json
-from errata.jobs.store import Store
-from errata.jobs.studies import store_path
+from errata.jobs.studies.cells import Cell, Run, cells
+from errata.jobs.studies.experiment import Experiment, Unit
+from errata.jobs.studies.results import Results, read_results
+from errata.jobs.studies.rows import Row, to_json
+from errata.jobs.studies.run import store_path
+from errata.jobs.studies.store import Store
 from errata.measure.metrics import Estimate
 from errata.measure.score import Scores
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 
-from errata.jobs.store import Row, Store
+from errata.jobs.studies.store import Row, Store
 from errata.measure.metrics import Estimate
 
 

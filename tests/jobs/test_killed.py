@@ -15,13 +15,13 @@ import torch
 
 from errata.errors import StorageError
 from errata.jobs import score as judging
-from errata.jobs.experiment import Experiment
-from errata.jobs.findings import gather
-from errata.jobs.results import read_results
-from errata.jobs.rows import Row
-from errata.jobs.store import Store
-from errata.jobs.studies import run
-from errata.jobs.study_markdown import markdown
+from errata.jobs.studies.experiment import Experiment
+from errata.jobs.studies.findings import gather
+from errata.jobs.studies.markdown import markdown
+from errata.jobs.studies.results import read_results
+from errata.jobs.studies.rows import Row
+from errata.jobs.studies.run import run
+from errata.jobs.studies.store import Store
 from tests.jobs.killing import begin
 from tests.jobs.working import experiment
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from errata.jobs.protocols import Outcome
-from errata.jobs.units import Unit
+from errata.jobs.studies.protocols import Outcome
+from errata.jobs.studies.units import Unit
 from tests.conftest import CAPITALS, SENTENCES, TEMPLATES, WORKING, statements
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from errata.cli import console, options, tables
 
 if TYPE_CHECKING:
-    from errata.jobs.locate import Skipped
+    from errata.jobs.locating.locate import Skipped
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,8 +80,8 @@ def tracing(window: int | None, severed: Any, noise: float, samples: int, **shar
     FACTS is a file of JSON lines, as for `errata edit`. A fact by hand needs --subject and
     --prompt; --true is the answer to look for. What the model does not know is left out.
     """
-    from errata.jobs import locate as job
-    from errata.jobs.locating_report import by_fact, strongest
+    from errata.jobs.locating import locate as job
+    from errata.jobs.locating.report import by_fact, strongest
 
     size = job.Noise(scale=noise, samples=samples)
     work = partial(job.tracing, window=window, severed=severed, noise=size)
@@ -123,7 +123,7 @@ def saliency(neutral: Path | None, modules: Any, **shared: Any) -> None:
 
     FACTS is a file of JSON lines, as for `errata edit`; the loss is that of their targets.
     """
-    from errata.jobs import locate as job
+    from errata.jobs.locating import locate as job
 
     result = _located(partial(job.salient, neutral=neutral, modules=modules), **shared)
     terminal = console.out()
@@ -155,8 +155,8 @@ def neurons(factor: float, **shared: Any) -> None:
     They are found with the fact's prompt and paraphrases, then silenced and amplified: the fact
     should become less and more likely, and other facts stay.
     """
-    from errata.jobs import locate as job
-    from errata.jobs.locating_report import reactions
+    from errata.jobs.locating import locate as job
+    from errata.jobs.locating.report import reactions
 
     result = _located(partial(job.neurons, factor=factor), facts_by_default=3, **shared)
     terminal = console.out()
@@ -189,8 +189,8 @@ def versus(
 
     Takes minutes: every fact is edited once in every layer. By default, 30 of the pocket facts.
     """
-    from errata.jobs import versus as job
-    from errata.jobs.locating_report import versus_rows
+    from errata.jobs.locating import versus as job
+    from errata.jobs.locating.report import versus_rows
 
     work = partial(
         job.versus,
@@ -276,11 +276,11 @@ def variants(
     them, of facts that the model knows. Takes long; what is finished is kept, and a run that was
     cut short goes on.
     """
-    from errata.jobs.locating_report import Places
+    from errata.jobs.locating.problem_tables import problem_rows
+    from errata.jobs.locating.problems import problems
+    from errata.jobs.locating.report import Places
     from errata.jobs.methods import nested
     from errata.jobs.models import as_model
-    from errata.jobs.problem_tables import problem_rows
-    from errata.jobs.problems import problems
 
     places = Places(out, figure, report or out.with_suffix(".html"))
     places.check()
@@ -333,8 +333,8 @@ def _located(
     options.check_facts(facts, cases, {"subject": subject, "prompt": prompt}, needed=False)
     if subject is None and (target is not None or true is not None):
         raise click.UsageError("--target and --true belong to a fact by hand: give --subject too.")
-    from errata.jobs.locate import facts_for
-    from errata.jobs.locating_report import Places
+    from errata.jobs.locating.locate import facts_for
+    from errata.jobs.locating.report import Places
     from errata.jobs.models import as_model
 
     places = Places(out, figure, report or out.with_suffix(".html"))

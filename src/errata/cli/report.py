@@ -24,8 +24,8 @@ def report(name: str, folder: Path, out: Path | None) -> None:
 
     What is not computed yet is told as such.
     """
-    from errata.jobs.results import read_results
-    from errata.jobs.study_report import save_study_report
+    from errata.jobs.studies.report import save_study_report
+    from errata.jobs.studies.results import read_results
 
     results = read_results(name, folder)
     path = out or folder / f"{results.experiment.name}.html"

@@ -13,8 +13,8 @@ from rich.text import Text
 from errata.cli import console, options, tables
 
 if TYPE_CHECKING:
-    from errata.jobs.differences import Compared
-    from errata.jobs.tables import Table
+    from errata.jobs.studies.differences import Compared
+    from errata.jobs.studies.tables import Table
 
 
 @click.command(short_help="Show, export or compare the results of an experiment.")
@@ -59,11 +59,11 @@ def results(
     lines: Literal["units", "cases", "points"],
 ) -> None:
     """Show the results of the experiment NAME, each with its 95% interval over cases and seeds."""
-    from errata.jobs.cells import matching
-    from errata.jobs.differences import compared
-    from errata.jobs.export import export_rows
-    from errata.jobs.results import read_results
-    from errata.jobs.tables import overview, tabulate
+    from errata.jobs.studies.cells import matching
+    from errata.jobs.studies.differences import compared
+    from errata.jobs.studies.export import export_rows
+    from errata.jobs.studies.results import read_results
+    from errata.jobs.studies.tables import overview, tabulate
 
     found = read_results(name, folder)
     where = options.settings(pairs, option="--where")
@@ -94,7 +94,7 @@ def results(
 
 def numbers(table: Table, width: int) -> Grid:
     """A line each, or two where the terminal is too narrow for the intervals beside them."""
-    from errata.jobs.tables import number_text
+    from errata.jobs.studies.tables import number_text
 
     gap = " " if width >= 14 * len(table.fields) + 22 * len(table.metrics) else "\n"
     grid = tables.plain(*table.fields, *table.metrics)
@@ -107,9 +107,9 @@ def numbers(table: Table, width: int) -> Grid:
 
 
 def _differences(labels: tuple[str, str], by: Sequence[str], found: Sequence[Compared]) -> Grid:
-    from errata.jobs.cells import text
     from errata.jobs.report import estimate_text
-    from errata.jobs.tables import heading, scale, scaled
+    from errata.jobs.studies.cells import text
+    from errata.jobs.studies.tables import heading, scale, scaled
 
     grid = tables.plain(*map(heading, by), "score", *labels, "difference", "p", "cases")
     for one in found:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.jobs.cluster import Where
-    from errata.jobs.forecast import Plan
+    from errata.jobs.studies.forecast import Plan
 
 
 @click.command(short_help="Run an experiment; what is finished is kept.")
@@ -53,15 +53,15 @@ def run(
     What is finished already is skipped, so an interrupted run is simply run again.
     """
     from errata.cli.results import numbers
-    from errata.jobs import studies
-    from errata.jobs.experiment import Experiment
-    from errata.jobs.results import read_results
-    from errata.jobs.tables import overview, tabulate
+    from errata.jobs.studies import run as studies
+    from errata.jobs.studies.experiment import Experiment
+    from errata.jobs.studies.results import read_results
+    from errata.jobs.studies.tables import overview, tabulate
 
     experiment = Experiment.load(name)
     terminal = console.out()
     if dry_run:
-        from errata.jobs import forecast
+        from errata.jobs.studies import forecast
 
         with console.progress() as bars:
             forecast_ = forecast.plan(experiment, folder=folder, only=only, progress=bars)

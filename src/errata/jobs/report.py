@@ -70,10 +70,10 @@ def render(record: RunRecord) -> str:
 
 
 def page(template: str, **values: Any) -> str:
-    """A page from a template of this folder; those that extend `page.html` share its look.
+    """A page from a template of these folders; those that extend `page.html` share its look.
 
     Args:
-        template: the template's file name.
+        template: the path of its file from here.
         values: what it shows; all of it is escaped unless it is `markupsafe.Markup`. `page.html`
             itself shows `version`, errata's.
     """

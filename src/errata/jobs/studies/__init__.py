@@ -1,0 +1,1 @@
+"""Experiments: what one declares, running it wherever, keeping its results, telling them."""
