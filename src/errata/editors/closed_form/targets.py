@@ -193,20 +193,10 @@ def _optimise(
         own = seen.values[:, 0].to(device)
     else:
         own = streams
-    norm = own.norm(dim=1).float().clamp(min=1e-12)
-    relative = config.units == "relative"
-    # Adam's first update has length rate * sqrt(d).
-    rates = (
-        norm * (config.learning_rate / lm.d_model**0.5)
-        if relative
-        else torch.full_like(norm, config.learning_rate)
-    )
-    radius = config.clamp * norm
-    decay_scale = config.decay / norm.square()
-
+    limits = _Limits.of(own, config)
     deltas = [torch.zeros(lm.d_model, device=device, requires_grad=True) for _ in range(n)]
     adam = torch.optim.Adam(
-        [{"params": [d], "lr": float(rate)} for d, rate in zip(deltas, rates, strict=True)]
+        [{"params": [d], "lr": float(rate)} for d, rate in zip(deltas, limits.rates, strict=True)]
     )
     first_said = torch.full((n,), float("nan"), device=device)
     last_said, last_loss = first_said.clone(), first_said.clone()
@@ -228,9 +218,7 @@ def _optimise(
                 before = log_p.detach()
             known = before[here]
             kl = config.kl * (log_p.exp() * (log_p - known)).sum(dim=1)
-            size = chosen.norm(dim=1)
-            decay = decay_scale[here] * (size.square() if relative else size)
-            loss = said + kl + decay
+            loss = said + kl + limits.decay(chosen, here)
             last_said[here], last_loss[here] = said.detach(), loss.detach()
             if update == 0:
                 first_said[here] = said.detach()
@@ -239,16 +227,13 @@ def _optimise(
             if update == config.updates or not going.any():
                 break
             adam.zero_grad(set_to_none=True)
-            loss[going].sum().backward()
+            torch.autograd.backward(loss[going].sum())
             for i, moving in zip(active.tolist(), going.tolist(), strict=True):
                 if not moving:
                     deltas[i].grad = None  # Adam passes over it: this target is done
             adam.step()
-            with torch.no_grad():
-                for i in active[going.cpu()].tolist():
-                    length = deltas[i].norm()
-                    if length > radius[i]:
-                        deltas[i].mul_(radius[i] / length)
+            for i in active[going.cpu()].tolist():
+                limits.clamp_(deltas[i], i)
             if not going.all():
                 active = active[going.cpu()]
                 plan = Plan.of(rows, active, n, device)
@@ -260,6 +245,44 @@ def _optimise(
         if (why := _failure(found[i], less[i], first_said[i], last_said[i], last_loss[i], config))
     }
     return Targets(found, streams, last_loss, failed)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What holds n deltas back, each measured by the vector that it is added to."""
+
+    rates: Tensor
+    """(n,) Adam's learning rates."""
+    radius: Tensor
+    """(n,) how long a delta may become."""
+    cost: Tensor
+    """(n,) of a delta of length 1."""
+    squared: bool
+    """Whether its length counts squared."""
+
+    @classmethod
+    def of(cls, own: Tensor, config: TargetConfig) -> Self:
+        """Of deltas that are added to the vectors (n, d)."""
+        norm = own.norm(dim=1).float().clamp(min=1e-12)
+        relative = config.units == "relative"
+        rates = (
+            norm * (config.learning_rate / own.shape[1] ** 0.5)  # Adam first moves rate * sqrt(d)
+            if relative
+            else torch.full_like(norm, config.learning_rate)
+        )
+        return cls(rates, config.clamp * norm, config.decay / norm.square(), relative)
+
+    def decay(self, deltas: Tensor, which: Tensor) -> Tensor:
+        """(m,) what the length of m of the deltas costs."""
+        size: Tensor = deltas.norm(dim=1)
+        return self.cost[which] * (size.square() if self.squared else size)
+
+    @torch.no_grad()
+    def clamp_(self, delta: Tensor, i: int) -> None:
+        """Shorten the i-th delta to its radius, if it is longer."""
+        length = delta.norm()
+        if length > self.radius[i]:
+            delta.mul_(self.radius[i] / length)
 
 
 def _failure(
