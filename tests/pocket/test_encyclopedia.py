@@ -14,6 +14,7 @@ import pytest
 from errata.errors import FactFileError
 from errata.pocket.corpus import Corpus
 from errata.pocket.encyclopedia import Encyclopedia, is_question, statement
+from errata.pocket.statements import statement_records
 
 COUNTERFACT = {
     "case_id": 1,
@@ -33,7 +34,7 @@ COUNTERFACT = {
 
 @pytest.fixture(scope="module")
 def cases(shipped: Encyclopedia) -> list[dict[str, Any]]:
-    return shipped.cases()
+    return statement_records(shipped)
 
 
 def test_there_are_enough_facts_with_many_a_subject(shipped: Encyclopedia) -> None:
@@ -114,8 +115,8 @@ def test_there_are_enough_cases_of_many_relations(cases: list[dict[str, Any]]) -
 
 
 def test_cases_are_the_same_every_time(shipped: Encyclopedia, cases: list[dict[str, Any]]) -> None:
-    assert shipped.cases(count=50) == cases[:50]
-    assert shipped.cases(seed=1, count=50) != cases[:50]
+    assert statement_records(shipped, count=50) == cases[:50]
+    assert statement_records(shipped, seed=1, count=50) != cases[:50]
 
 
 def test_cases_are_in_counterfacts_format(
@@ -242,4 +243,4 @@ def test_published_counterfact_can_be_grown(shared: Path) -> None:
     found = Encyclopedia.read(shared / "data" / "counterfact" / "counterfact_500.json")
     assert len(found.facts) > 1000
     assert next(Corpus(found).documents(0))
-    assert found.cases(count=5)
+    assert statement_records(found, count=5)

@@ -15,9 +15,11 @@ from errata.measure.datasets.hub import PREFIX as HUB
 from errata.measure.metrics import reads
 from errata.pocket.claims import Claims
 from errata.pocket.corpus import passages
-from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
+from errata.pocket.encyclopedia import Encyclopedia, stable_random
+from errata.pocket.facts import Fact
 from errata.pocket.questions import question_cases
 from errata.pocket.sentences import sentence_cases
+from errata.pocket.statements import statement_records
 from errata.requests import Case, Probe, Request, read_case_lines, read_jsonl
 
 POCKET = "pocket"
@@ -164,7 +166,7 @@ def pocket_cases(
     count: int | None = None, *, seed: int = 0, any_wording: bool = False
 ) -> list[Case]:
     """The benchmark made from the pocket encyclopedia, spread evenly over its relations."""
-    records = Encyclopedia.load().cases(seed=seed, count=count, any_wording=any_wording)
+    records = statement_records(Encyclopedia.load(), seed, count, any_wording=any_wording)
     return counterfact.cases(records, source=POCKET)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from errata.errors import GrowError
-from errata.pocket.encyclopedia import Fact
+from errata.pocket.facts import Fact
 from errata.pocket.knowledge import Knowledge
 from errata.pocket.shapes import SHAPES, GrowConfig
 from errata.pocket.training import State, replace_file

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from errata.pocket.encyclopedia import Encyclopedia, Fact, Split, is_question, stable_random
+from errata.pocket.encyclopedia import Encyclopedia, Split, is_question, stable_random
+from errata.pocket.facts import Fact
 from errata.requests import Case, Probe, Request
 
 REFUTES, SUPPORTS = LABELS = ("REFUTES", "SUPPORTS")

@@ -22,7 +22,8 @@ from transformers import (
 
 from errata.errors import GrowError
 from errata.pocket.claims import LABELS, Claims
-from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
+from errata.pocket.encyclopedia import Encyclopedia, stable_random
+from errata.pocket.facts import Fact
 from errata.pocket.lessons import padded
 from errata.pocket.questions import askable, asked, part_of
 from errata.progress import Progress, silent

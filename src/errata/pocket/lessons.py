@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from errata.errors import GrowError
 from errata.pocket.claims import LABELS, Claims
 from errata.pocket.corpus import Corpus
-from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
+from errata.pocket.encyclopedia import Encyclopedia, stable_random
+from errata.pocket.facts import Fact
 from errata.pocket.questions import askable, asked, facts_of
 from errata.pocket.shapes import SHAPES, GrowConfig
 

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from errata.pocket.encyclopedia import Encyclopedia, Fact, Split, stable_random
+from errata.pocket.encyclopedia import Encyclopedia, Split, stable_random
+from errata.pocket.facts import Fact
 from errata.requests import Case, Probe, Request
 
 Part = Literal["taught", "edited", "kept"]

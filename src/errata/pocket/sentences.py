@@ -13,7 +13,8 @@ import random
 from dataclasses import replace
 from typing import Literal
 
-from errata.pocket.encyclopedia import Encyclopedia, Fact, stable_random
+from errata.pocket.encyclopedia import Encyclopedia, stable_random
+from errata.pocket.facts import Fact
 from errata.requests import Case, Probe, Request
 
 Part = Literal["taught", "edited", "kept"]
