@@ -61,7 +61,7 @@ def test_an_experiment_is_found_by_its_name(
 
 
 def test_the_experiments_that_come_along_are_sound() -> None:
-    files = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.toml"))
+    files = sorted((Path(__file__).resolve().parents[3] / "experiments").glob("*.toml"))
     assert files
     for file in files:
         assert Experiment.load(file).units()
