@@ -106,21 +106,7 @@ def collect(
     longest = min(longest, lm.max_length)
     content = source.fingerprint()
     store = MomentCache(cache if content is not None else None)
-    tokenizer = tokenizer_hash(lm)
-    made_from = {
-        layer: hash_of(
-            {
-                "format": FORMAT,
-                "model": weights,
-                "tokenizer": tokenizer,
-                "corpus": content,
-                "tokens": tokens,
-                "longest": longest,
-                "dtype": str(lm.dtype),
-            }
-        )
-        for layer, weights in keys_hashes(lm, layers).items()
-    }
+    made_from = _hashes(lm, layers, content, tokens, longest)
     found = {layer: store.load(made_from[layer], widths[layer]) for layer in layers}
     missing = [layer for layer in layers if found[layer] is None]
     if missing:
@@ -148,6 +134,27 @@ def collect(
         key=hash_of(made_from),
         device=lm.device,
     )
+
+
+def _hashes(
+    lm: LanguageModel, layers: Sequence[int], content: str | None, tokens: int, longest: int
+) -> dict[int, str]:
+    """For each layer, of all that its moments are made from."""
+    tokenizer = tokenizer_hash(lm)
+    return {
+        layer: hash_of(
+            {
+                "format": FORMAT,
+                "model": weights,
+                "tokenizer": tokenizer,
+                "corpus": content,
+                "tokens": tokens,
+                "longest": longest,
+                "dtype": str(lm.dtype),
+            }
+        )
+        for layer, weights in keys_hashes(lm, layers).items()
+    }
 
 
 @torch.no_grad()

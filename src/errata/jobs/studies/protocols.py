@@ -112,20 +112,9 @@ def perform(
             texts = texts_wanted(unit, len(cases))
             rows = scored(lm, cases, unit, before, texts=texts, progress=progress)
     else:
-        with clock("preparing"):
-            learnt = cases if unit.fit is None else training_cases(unit).train
-            editor, why = editor_of(unit, lm, [case.request for case in learnt])
-        if why:
-            record["layers"] = why
-        if isinstance(editor, Trainable):
-            with clock("fitting"):  # or waiting until another process has done it
-                editor = fitted(lm, editor, unit, file, progress)
-            record["fit"] = told(lm, editor, file)
-            host.forget_peak_memory()
-        with clock("preparing"):
-            editor.prepare(lm, progress=progress)
-        record["config"] = editor.config.to_dict() | {"layers": editor.layers(lm)}
+        editor, made = _prepared(lm, cases, unit, file, clock, progress)
         record["seeds"]["editor"] = editor.config.seed
+        record |= made
         if unit.protocol == "sequential":
             done = stream(lm, editor, cases, unit, before, Path(folder), clock, progress)
             rows, points, failures = done.final, done.points, done.failures
@@ -166,6 +155,35 @@ def _asked(lm: LanguageModel, unit: Unit) -> tuple[list[Case], list[str]]:
             f"none of {len(cases)} cases can be posed to {lm.name} as {unit.variant}: {why[0]}"
         )
     return found, why
+
+
+def _prepared(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    unit: Unit,
+    file: Path,
+    clock: Stopwatch,
+    progress: Progress,
+) -> tuple[Editor, dict[str, Any]]:
+    """The unit's editor, ready to edit these cases, and what the record tells of how it was made.
+
+    One that must learn first is fitted, or waited for while another process does that.
+    """
+    made: dict[str, Any] = {}
+    with clock("preparing"):
+        learnt = cases if unit.fit is None else training_cases(unit).train
+        editor, why = editor_of(unit, lm, [case.request for case in learnt])
+    if why:
+        made["layers"] = why
+    if isinstance(editor, Trainable):
+        with clock("fitting"):
+            editor = fitted(lm, editor, unit, file, progress)
+        made["fit"] = told(lm, editor, file)
+        host.forget_peak_memory()
+    with clock("preparing"):
+        editor.prepare(lm, progress=progress)
+    made["config"] = editor.config.to_dict() | {"layers": editor.layers(lm)}
+    return editor, made
 
 
 def _summary(rows: Sequence[CaseRow], unit: Unit) -> dict[str, Estimate]:

@@ -173,18 +173,15 @@ def run(
     map_(work, (), on=on, workers=workers, address=address)
     pieces = keyed(chosen(experiment, only), progress)
     path = store_path(experiment, folder)
-    counts = {"done": 0, "skipped": 0, "elsewhere": 0}
+    counts = {"done": 0, "elsewhere": 0}
     failed: list[tuple[str, str]] = []
     with Store(path) as store:
-        before = store.statuses()
         adopted = store.adopt(pieces, experiment.name)
-        todo = []
-        for key, piece in pieces.items():
-            if key in adopted or before.get(key) == "done":
-                store.rename(key, experiment.name, piece.unit.to_dict())
-                counts["skipped"] += key not in adopted
-            else:
-                todo.append(key)
+        done = {key for key, status in store.statuses().items() if status == "done"}
+        there = done & pieces.keys()
+        for key in there:
+            store.rename(key, experiment.name, pieces[key].unit.to_dict())
+        todo = [key for key in pieces if key not in there]
         size = 1 if on == "loop" else max(1, len(todo))
         for at in range(0, len(todo), size):
             progress("units", at, len(todo))
@@ -205,6 +202,7 @@ def run(
         progress("units", len(todo), len(todo))
     return Summary(
         path=path,
+        skipped=len(there) - len(adopted),
         adopted=len(adopted),
         failed=tuple(failed),
         seconds=time.perf_counter() - start,

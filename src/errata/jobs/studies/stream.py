@@ -20,9 +20,10 @@ to a weight, as a share of the weight's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +127,8 @@ def stream(
                 if edit is not None:
                     edit.save(folder / f"edit-{number:05}.safetensors")
             with clock("scoring"):
-                try:
-                    if edit is not None:
-                        edit.apply_(lm)
-                    rows = scored(lm, batch, unit, answers)
-                except NotFiniteError as error:  # as if the edit had never been made
-                    if edit is None:
-                        raise
-                    if edit.is_applied(lm):
-                        edit.undo_(lm)
-                    edit, failures = None, [*failures, str(error)]
-                    rows = scored(lm, batch, unit, answers)
+                edit, rows, refused = _applied(lm, edit, partial(scored, lm, batch, unit, answers))
+                failures += refused
                 mark_failed(rows, batch, edit.requests if edit else ())
                 point: dict[str, Any] = {}
                 if (number + 1) % unit.every == 0 or number + 1 == len(batches):
@@ -194,6 +186,24 @@ def resumed(folder: Path, batches: Sequence[Sequence[Case]]) -> Streamed:
                 f"{file} is of a stream of other cases. Delete {folder} to begin anew."
             )
     return found
+
+
+def _applied(
+    lm: LanguageModel, edit: Edit | None, score: Callable[[], list[CaseRow]]
+) -> tuple[Edit | None, list[CaseRow], list[str]]:
+    """Put a batch's edit on the model and score the batch.
+
+    An edit that breaks the model is as if it had never been made; then the reason is told too.
+    """
+    if edit is None:
+        return None, score(), []
+    try:
+        edit.apply_(lm)
+        return edit, score(), []
+    except NotFiniteError as error:
+        if edit.is_applied(lm):
+            edit.undo_(lm)
+        return None, score(), [str(error)]
 
 
 @contextmanager
