@@ -212,6 +212,13 @@ def test_the_overview_names_what_varies() -> None:
         overview(RUNS, ["EZ"])
 
 
+def test_the_overview_shows_what_was_measured() -> None:
+    perplexity = {"rewrite.perplexity": 2.0, "neighbours.perplexity": 1.5}
+    runs = runs_of(EXPERIMENT, lambda unit: [{"case_id": "0", "metrics": perplexity}])
+    assert overview(runs).metrics == tuple(perplexity)
+    assert overview(runs_of(EXPERIMENT, lambda unit: [])).metrics == ("S", "ES", "PS", "NS")
+
+
 def test_results_are_of_the_experiment_as_it_is_now(tmp_path: Path) -> None:
     """Rows of units that were dropped are left aside; of two of one unit the later counts."""
     results_of(tmp_path)

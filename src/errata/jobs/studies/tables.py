@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,11 @@ from errata.measure.metrics import Estimate
 UNSCALED = ("GE", f"{IMMEDIATE}GE", "perplexity ratio", "KL neighbours", "KL text", *COSTS)
 """Metrics that are no shares, like all perplexities: told as they are, not times 100."""
 
-HEADLINE = ("S", "ES", "PS", "NS", "EA", "DD", "Reliability", "Generality", "Locality", "Average")
-"""What is shown where nobody chose, of what was measured."""
+HEADLINES = (
+    ("S", "ES", "PS", "NS", "EA", "DD", "Reliability", "Generality", "Locality", "Average"),
+    ("rewrite.perplexity", "paraphrases.perplexity", "neighbours.perplexity"),
+)
+"""What is shown where nobody chose: of what was measured, that of the first group that has any."""
 
 LACKING = "*"
 """Stands by a number of which some runs are lacking."""
@@ -118,9 +121,14 @@ def overview(
     return TableSpec(
         title="All results",
         rows=("model", "editor", *varied),
-        metrics=tuple(metrics) or tuple(n for n in HEADLINE if n in measured) or HEADLINE[:4],
+        metrics=tuple(metrics) or _headline(measured),
         where=where or {},
     )
+
+
+def _headline(measured: Collection[str]) -> tuple[str, ...]:
+    found = (tuple(name for name in group if name in measured) for group in HEADLINES)
+    return next(filter(None, found), HEADLINES[0][:4])
 
 
 def number(cell: Cell | None, metric: str) -> Number:
