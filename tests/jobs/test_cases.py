@@ -51,7 +51,7 @@ def test_passages_go_on_as_they_do_and_those_that_are_learnt_from_are_about_othe
     assert read_cases(PASSAGES, 5) == read_cases(PASSAGES)[:5]
 
 
-@pytest.mark.parametrize("once", ["pocket", "pocket-questions-taught"])
+@pytest.mark.parametrize("once", ["pocket", "pocket-questions-taught", "pocket-sentences-taught"])
 def test_redrawn_cases_give_a_fact_several_new_objects_and_no_prompt_two(once: str) -> None:
     cases = sample_cases(once.replace("-taught", "") + "-redrawn", None, seed=1)
     facts = {(case.request.subject, case.relation) for case in read_cases(once)}

@@ -56,6 +56,16 @@ def test_what_must_stay_is_about_nobody_who_is_edited_or_learnt_from(
             assert any(probe.prompt.endswith(name) for name in names["kept"])
 
 
+def test_what_is_learnt_from_may_stand_beside_what_is_learnt_from(shipped: Encyclopedia) -> None:
+    taught = sentence_cases(shipped, part="taught", beside="taught")
+    names = {case.request.subject for case in taught}
+    for case in taught:
+        about = [
+            next(name for name in names if probe.prompt.endswith(name)) for probe in case.neighbours
+        ]
+        assert len(about) == NEIGHBOURS and case.request.subject not in about
+
+
 def test_the_same_seed_gives_the_same_cases(shipped: Encyclopedia, cases: list[Case]) -> None:
     assert sentence_cases(shipped, count=20) == cases[:20]
     assert sentence_cases(shipped, seed=1, count=20) != cases[:20]

@@ -63,6 +63,10 @@ their true ones (SCEN's second task); numbers are chosen on `SENTENCES_TAUGHT`."
 SENTENCES_TAUGHT = "pocket-sentences-taught"
 """The same about other subjects."""
 
+SENTENCES_REDRAWN = "pocket-sentences-redrawn"
+"""Several of these for each of the other subjects, which the true sentences are about too: for
+editors that learn from cases."""
+
 POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     POCKET: lambda seed, count: pocket_cases(count, seed=seed),
     POCKET_ANY: lambda seed, count: pocket_cases(count, seed=seed, any_wording=True),
@@ -76,6 +80,11 @@ POCKET_SOURCES: Mapping[str, Callable[[int, int | None], list[Case]]] = {
     SENTENCES: lambda seed, count: sentence_cases(Encyclopedia.load(), seed, count),
     SENTENCES_TAUGHT: lambda seed, count: sentence_cases(
         Encyclopedia.load(), seed, count, part="taught"
+    ),
+    SENTENCES_REDRAWN: lambda seed, count: redrawn(
+        lambda one: sentence_cases(Encyclopedia.load(), one, part="taught", beside="taught"),
+        seed,
+        count,
     ),
 }
 """What these names stand for: the first `count` cases that a seed draws, or all."""

@@ -30,7 +30,12 @@ NEIGHBOURS = 3
 
 
 def sentence_cases(
-    encyclopedia: Encyclopedia, seed: int = 0, count: int | None = None, *, part: Part = "edited"
+    encyclopedia: Encyclopedia,
+    seed: int = 0,
+    count: int | None = None,
+    *,
+    part: Part = "edited",
+    beside: Part = "kept",
 ) -> list[Case]:
     """A case for each subject of a part, in random order.
 
@@ -38,18 +43,22 @@ def sentence_cases(
         encyclopedia: the facts.
         seed: of the order, of what is told and made up, of all words, and of the neighbours.
         count: how many at most; a smaller count gives the beginning of the same list.
-        part: whose subjects; neighbours are about those of the part `kept`.
+        part: whose subjects.
+        beside: whose subjects the neighbours are about.
     """
     subjects = [s for s in encyclopedia.about if len(_tellable(encyclopedia, s)) > 1]
-    chosen, kept = (
+    chosen, others = (
         [s for s in subjects if stable_random("sentence", s).choice(PARTS) == one]
-        for one in (part, "kept")
+        for one in (part, beside)
     )
     stable_random("sentence cases", seed, part).shuffle(chosen)
-    return [_case(encyclopedia, subject, kept, seed) for subject in chosen[:count]]
+    return [
+        _case(encyclopedia, subject, [other for other in others if other != subject], seed)
+        for subject in chosen[:count]
+    ]
 
 
-def _case(encyclopedia: Encyclopedia, subject: str, kept: list[str], seed: int) -> Case:
+def _case(encyclopedia: Encyclopedia, subject: str, others: list[str], seed: int) -> Case:
     rng = stable_random("sentence case", seed, subject)
     told, following = _divided(encyclopedia, subject, rng)
     new = [replace(f, object=rng.choice(encyclopedia.new_objects(f))) for f in following]
@@ -62,7 +71,9 @@ def _case(encyclopedia: Encyclopedia, subject: str, kept: list[str], seed: int) 
         Request(prompts[0].replace(subject, "{}", 1), subject, target, true),
         case_id=subject,
         paraphrases=tuple(p for p in dict.fromkeys(prompts) if p != prompts[0]),
-        neighbours=tuple(_true(encyclopedia, other, rng) for other in rng.sample(kept, NEIGHBOURS)),
+        neighbours=tuple(
+            _true(encyclopedia, other, rng) for other in rng.sample(others, NEIGHBOURS)
+        ),
     )
 
 
