@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from errata.errors import (
     ConfigError,
+    EditStateError,
     ErrataError,
     ModelLoadError,
     NotFiniteError,
@@ -188,6 +189,19 @@ class LanguageModel:
                 for module in (lm.mlp(layer), lm.mlp_in(layer), lm.mlp_out(layer)):
                     mark_flat(module, lm.block(layer))
         return lm
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of.
+
+        Raises:
+            EditStateError: there are edits beside the weights, which hook into this very network.
+        """
+        if self.memories:
+            raise EditStateError(
+                f"{self.name} cannot be copied while edits beside its weights are on it: the copy "
+                "would ask the original's memory. Take them back, copy it, and apply them to both."
+            )
+        return dict(self.__dict__)
 
     @property
     def config(self) -> PretrainedConfig:

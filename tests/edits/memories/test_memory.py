@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -271,6 +272,19 @@ def test_it_is_no_lora_and_in_no_folder_of_weights(
     with pytest.raises(ConfigError, match="beside the model's weights"):
         apply(tiny_gpt2, [tmp_path / "e.safetensors"], tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_model_with_a_memory_is_not_copied(tiny_lm: LanguageModel) -> None:
+    edit, said = key_edit(tiny_lm, subject="Rome", size=5.0), says(tiny_lm, TEXTS)
+    with edit.applied(tiny_lm), pytest.raises(EditStateError, match="cannot be copied"):
+        copy.deepcopy(tiny_lm)
+    other = copy.deepcopy(tiny_lm)
+    with edit.applied(tiny_lm):
+        now = says(tiny_lm, TEXTS)
+        assert torch.equal(says(other, TEXTS), said) and not torch.equal(now, said)
+        with edit.applied(other):
+            assert torch.equal(says(other, TEXTS), now)
+        assert torch.equal(says(other, TEXTS), said)
 
 
 def test_facts_are_compared_as_those_of_all_edits(tiny_gpt2: LanguageModel) -> None:
