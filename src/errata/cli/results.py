@@ -93,11 +93,12 @@ def results(
 
 
 def numbers(table: Table, width: int) -> Grid:
-    """A line each, or two where the terminal is too narrow for the intervals beside them."""
+    """A line each, or two where the terminal is too narrow for intervals beside their means."""
     from errata.jobs.studies.tables import number_text
 
-    gap = " " if width >= 14 * len(table.fields) + 22 * len(table.metrics) else "\n"
-    grid = tables.plain(*table.fields, *table.metrics)
+    wide = width >= 14 * len(table.fields) + 22 * len(table.metrics)
+    gap, dot = (" ", ".") if wide else ("\n", ".\n")
+    grid = tables.plain(*table.fields, *(name.replace(".", dot) for name in table.metrics))
     for labels, values in table.lines:
         cells = [_number(*number_text(value), gap) for value in values]
         grid.add_row(*map(Text, labels), *cells)
