@@ -143,11 +143,6 @@ class Consistency:
         return float((written @ true.T).toarray().item())  # rows have norm 1, or 0 without words
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    """The harmonic mean; 0 where any value is 0."""
-    return len(values) / sum(1 / value for value in values) if all(values) else 0.0
-
-
 def interval(values: ArrayLike, *, within: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
     """Mean over cases: Wilson's interval for yes-or-no values, otherwise the normal one.
 

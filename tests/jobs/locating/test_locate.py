@@ -183,7 +183,7 @@ def test_a_map_stars_the_subject_and_says_its_values() -> None:
 
 
 def test_a_deep_map_has_no_room_for_numbers() -> None:
-    drawn = maps.heat_map(small_trace(layers=maps.NUMBERED + 1))
+    drawn = maps.heat_maps([small_trace(layers=maps.NUMBERED + 1)])
     assert not drawn.axes[0].texts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from errata.jobs.studies.experiment import Experiment
 from errata.jobs.studies.results import read_results
 from errata.jobs.studies.shown import Shown, TableSpec
 from errata.jobs.studies.tables import overview, tabulate
-from errata.measure.metrics import harmonic_mean, interval
+from errata.measure.metrics import interval
 from tests.jobs.made_up import (
     EXPERIMENT,
     RUNS,

@@ -103,10 +103,6 @@ class Moments:
                 raise type(error)(f"{told}: {error}") from error
         return self._factors[layer]
 
-    def forget_factors(self) -> None:
-        """Free the memory of the factors: 8 d_ff^2 bytes each."""
-        self._factors.clear()
-
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
 

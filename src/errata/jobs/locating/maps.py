@@ -62,13 +62,10 @@ def by_token(one: Trace | AverageEffect) -> list[tuple[str, list[Estimate]]]:
     return list(zip(names, tables, strict=True))
 
 
-def heat_map(trace: Trace) -> Figure:
-    """One trace: the answer's probability by what was restored, tokens x layers."""
-    return heat_maps([trace])
-
-
 def heat_maps(traces: Sequence[Trace]) -> Figure:
-    """Traces of one fact side by side, on one scale from P* to the largest P.
+    """The answer's probability by what was restored, tokens x layers.
+
+    Traces of one fact stand side by side, on one scale from P* to the largest P.
 
     The subject's tokens are starred.
     """
